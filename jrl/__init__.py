@@ -1,0 +1,84 @@
+"""jrl: reinforcement-learning kernels as pure functions in JAX.
+
+Names are resolved on first use (PEP 562), so that ``import jrl`` costs nothing and ``import jrl.ops`` loads
+only jax and chex.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> (module, attribute or None for the module itself)
+_EXPORTS: dict[str, tuple[str, str | None]] = {
+    # ring 0
+    "ops": ("jrl.ops", None),
+    "types": ("jrl.types", None),
+    # ring 1
+    "envs": ("jrl.envs", None),
+    "make": ("jrl.envs", "make"),
+    "networks": ("jrl.networks", None),
+    "replay": ("jrl.replay", None),
+    "rollout": ("jrl.rollout", None),
+    "normalize": ("jrl.normalize", None),
+    "optim": ("jrl.optim", None),
+    # ring 2
+    "ppo": ("jrl.algos.ppo", None),
+    "dqn": ("jrl.algos.dqn", None),
+    "train": ("jrl.training", "train"),
+    "evaluate": ("jrl.training", "evaluate"),
+    "EpisodeStats": ("jrl.training", "EpisodeStats"),
+    # ring 3
+    "run": ("jrl.driver", "run"),
+    "resume": ("jrl.driver", "resume"),
+    "checkpoint": ("jrl.checkpoint", None),
+    "testing": ("jrl.testing", None),
+    # records
+    "Algorithm": ("jrl.types", "Algorithm"),
+    "Environment": ("jrl.types", "Environment"),
+    "TimeStep": ("jrl.types", "TimeStep"),
+    "Transition": ("jrl.types", "Transition"),
+    "Policy": ("jrl.types", "Policy"),
+    "Network": ("jrl.types", "Network"),
+    "Discrete": ("jrl.types", "Discrete"),
+    "MultiDiscrete": ("jrl.types", "MultiDiscrete"),
+    "Box": ("jrl.types", "Box"),
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _EXPORTS[name]
+    except KeyError:
+        raise AttributeError(f"module 'jrl' has no attribute {name!r}") from None
+    loaded = importlib.import_module(module)
+    value = loaded if attribute is None else getattr(loaded, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, testing, types
+    from jrl.algos import dqn, ppo
+    from jrl.driver import resume, run
+    from jrl.envs import make
+    from jrl.training import EpisodeStats, evaluate, train
+    from jrl.types import (
+        Algorithm,
+        Box,
+        Discrete,
+        Environment,
+        MultiDiscrete,
+        Network,
+        Policy,
+        TimeStep,
+        Transition,
+    )
