@@ -196,6 +196,7 @@ class Policy:
     )
 
     def __call__(self, key: Key, obs: PyTree, memory: Memory = ()) -> tuple[Array, Memory, PyTree]:
+        """Act: ``(action, memory, extras)``."""
         return self.apply(self.params, key, obs, memory)
 
 

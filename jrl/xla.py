@@ -1,11 +1,72 @@
-"""XLA settings that must be in the environment before jax is imported. This module imports no jax."""
+"""XLA's CPU settings that must be in the environment before jax is imported. This module imports no jax.
+
+On a CPU of few cores jaxlib 0.10 can wait for ever: a vmapped training program puts work on XLA's thread pool
+that waits for other work of the same pool, and with two threads all of them end up waiting (measured: default
+settings hung in about one of three runs of eight vmapped PPO members on two cores; a pool of four threads, or
+two for each device, in none of the runs recorded in ``benchmarks/results/hang.jsonl``). The pool's size is read
+from ``NPROC`` when jaxlib loads. jaxlib 0.11 does not hang.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import MutableMapping
+import re
+from collections.abc import Mapping, MutableMapping
+
+SAFE_THREADS = 4
+THREADS_PER_DEVICE = 2
 
 
-def configure(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is safe on a CPU of few cores; what the user has set stays."""
-    environ.setdefault("NPROC", str(max(4, 2 * (os.cpu_count() or 1))))
+def configure(environ: MutableMapping[str, str] = os.environ, *, num_devices: int | None = None) -> None:
+    """Put settings under which nothing hangs into ``environ``; what the user has set stays.
+
+    Call it before anything imports jax: the ``jrl`` command and the tests do.
+
+    Args:
+        environ: the environment to change.
+        num_devices: CPU devices to present (``--xla_force_host_platform_device_count``); None leaves that be.
+    """
+    if num_devices is not None:
+        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environ.get("XLA_FLAGS", ""))
+        flags = f"{flags} --xla_force_host_platform_device_count={num_devices}"
+        environ["XLA_FLAGS"] = flags.strip()
+    if _pool_can_hang(environ):
+        environ.setdefault("NPROC", str(_threads_needed(environ)))
+
+
+def diagnose(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a warning for each setting under which a vmapped program could hang; none is the empty list."""
+    if not _pool_can_hang(environ):
+        return []
+    needed = _threads_needed(environ)
+    return [
+        f"XLA's CPU pool has {_pool_size(environ)} threads, and jaxlib {importlib.metadata.version('jaxlib')} can hang with fewer than "
+        f"{needed} when a program is vmapped: set NPROC={needed} in the environment before jax is imported "
+        "(the jrl command does), or use jaxlib 0.11 (Python 3.12)."
+    ]
+
+
+def _pool_can_hang(environ: Mapping[str, str]) -> bool:
+    # One core, one thread and jaxlib 0.11 run; only a small pool of several threads hangs.
+    return _jaxlib() < (0, 11) and 1 < _pool_size(environ) < _threads_needed(environ)
+
+
+def _pool_size(environ: Mapping[str, str]) -> int:
+    value = environ.get("NPROC", "")
+    return int(value) if value.isdigit() and int(value) > 0 else _cores()
+
+
+def _threads_needed(environ: Mapping[str, str]) -> int:
+    match = re.search(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
+    return max(SAFE_THREADS, THREADS_PER_DEVICE * int(match[1]) if match else 0)
+
+
+def _jaxlib() -> tuple[int, int]:
+    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+    return int(major), int(minor)
+
+
+def _cores() -> int:
+    # macOS and Windows have no affinity to ask for.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

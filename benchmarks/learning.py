@@ -1,0 +1,158 @@
+"""Learning quality: final return of ten seeds, interquartile mean with a bootstrap 95 % interval.
+
+    python benchmarks/learning.py ppo-cartpole dqn-cartpole --seeds 10
+    python benchmarks/learning.py --list
+
+Each row trains every seed in turn, evaluates the final parameters greedily over 100 episodes with keys of
+their own, and writes ``benchmarks/results/learning-<row>.json``: settings, versions, device, commit, one
+record a seed with its learning curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from jrl import xla
+
+xla.configure()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+import jrl  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+CURVE_POINTS = 50
+EVAL_SEED = 10_000  # evaluation keys are those of seeds that no training uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table: what is trained, for how long, and what it should reach."""
+
+    algorithm: str
+    env: str
+    env_steps: int
+    goal: float
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hparams: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+ROWS = {
+    "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
+    "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
+}
+
+
+def interquartile_mean(values: np.ndarray) -> float:
+    """Return the mean of the middle half, sorted, with fractional weights at its two ends."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    edges = np.clip((np.arange(n + 1) - n / 4) / (n / 2), 0, 1)
+    return float(np.diff(edges) @ ordered)
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the interquartile mean."""
+    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
+    means = [interquartile_mean(draw) for draw in draws]
+    return tuple(np.percentile(means, [2.5, 97.5]).round(2).tolist())
+
+
+def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:
+    """Train and evaluate ``seeds`` seeds of ``row``; return its record."""
+    module = getattr(jrl, row.algorithm)
+    env = jrl.make(row.env)
+    algo = module.make(env, module.Config(**row.config))
+    hparams = jax.tree.map(np.float32, module.HParams(**row.hparams))
+    init = jax.jit(algo.init)
+    records = []
+    for seed in range(seeds):
+        state = init(jax.random.key(seed), hparams)
+        warmup = jrl.ops.counter.to_int(state.env_steps)
+        num_steps = -(-(row.env_steps - warmup) // algo.env_steps_per_step)
+        chunk = -(-num_steps // CURVE_POINTS)
+        curve, seconds = [], 0.0
+        train = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=chunk), donate_argnums=0)
+        compiled = train.lower(state).compile() if seed == 0 else compiled
+        for _ in range(-(-num_steps // chunk)):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state))
+            seconds += time.perf_counter() - start
+            summary = jrl.training.summarize(metrics)
+            curve.append(
+                [jrl.ops.counter.to_int(state.env_steps), round(float(summary["episode_return"]), 2)]
+            )
+        stats = jrl.evaluate(jax.random.key(EVAL_SEED + seed), env, algo.policy(state), num_episodes=100)
+        returns = np.asarray(stats.episode_return)
+        records.append(
+            {
+                "seed": seed,
+                "return_mean": round(float(returns.mean()), 2),
+                "return_std": round(float(returns.std()), 2),
+                "return_min": round(float(returns.min()), 2),
+                "episodes_completed": int(stats.completed.sum()),
+                "env_steps": curve[-1][0],
+                "train_seconds": round(seconds, 2),
+                "curve": curve,
+            }
+        )
+        print(f"{name} seed {seed}: {records[-1]['return_mean']} in {seconds:.1f} s", flush=True)
+    finals = np.array([record["return_mean"] for record in records])
+    return {
+        "row": name,
+        **dataclasses.asdict(row),
+        "seeds": seeds,
+        "eval_episodes": 100,
+        "greedy": True,
+        "iqm": round(interquartile_mean(finals), 2),
+        "iqm_interval_95": bootstrap_interval(finals),
+        "mean": round(float(finals.mean()), 2),
+        "worst": float(finals.min()),
+        "jax": jax.__version__,
+        "jrl": jrl.__version__,
+        "device": str(jax.devices()[0]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "records": records,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--env-steps", type=int, help="instead of the row's own, for a quick look")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.rows) - set(ROWS))
+    if unknown:
+        parser.error(f"unknown row {', '.join(unknown)}: choose from {', '.join(ROWS)}")
+    if arguments.list or not arguments.rows:
+        for name, row in ROWS.items():
+            print(f"{name:32} {row.algorithm} on {row.env}, {row.env_steps:,} env steps, goal {row.goal}")
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.rows:
+        row = ROWS[name]
+        if arguments.env_steps:
+            row = dataclasses.replace(row, env_steps=arguments.env_steps)
+        record = measure(name, row, arguments.seeds)
+        path = arguments.out / f"learning-{name}.json"
+        text = json.dumps(record, indent=1)
+        path.write_text(text + "\n")
+        print(f"{name}: IQM {record['iqm']} {record['iqm_interval_95']}, goal {row.goal} -> {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Algorithms, one file each: ``Config``, ``HParams``, ``State`` and ``make(env, config) -> Algorithm``."""

@@ -1,0 +1,336 @@
+"""Deep Q-learning (Mnih et al., 2015, https://www.nature.com/articles/nature14236) and its refinements.
+
+Each is a static choice: Double (van Hasselt et al., 2016, arXiv:1509.06461), Dueling (Wang et al., 2016,
+arXiv:1511.06581), n-step targets (Sutton, 1988), prioritised replay (Schaul et al., 2016, arXiv:1511.05952),
+Huber loss, a target network copied now and then or tracked by Polyak averaging (Lillicrap et al., 2016,
+arXiv:1509.02971). Deviations: a time limit is never a terminal state; n-step windows end at either flag and
+bootstrap with γ^k; the warm-up fill happens in ``init``, so that no step has a data-dependent branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jrl import networks, ops, replay, rollout
+from jrl.envs import vectorize
+from jrl.networks.defaults import check_torso
+from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.types import (
+    Algorithm,
+    Array,
+    Discrete,
+    Environment,
+    Key,
+    MaskedObservation,
+    Memory,
+    Metrics,
+    Params,
+    Policy,
+    PyTree,
+    Transition,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static choices: each sets a shape, a loop length or a code path, and a new one compiles anew."""
+
+    num_envs: int = 10
+    """Environments stepped side by side."""
+    unroll_length: int = 1
+    """Steps in each environment between two rounds of updates."""
+    num_updates: int = 1
+    """Gradient steps a round."""
+    batch_size: int = 128
+    """Transitions a gradient step."""
+    capacity: int = 10_000
+    """Transitions the replay holds (rounded up to whole blocks of num_envs × unroll_length)."""
+    warmup_env_steps: int = 10_000
+    """Environment steps taken with random actions before the first update, within init."""
+    n_step: int = 1
+    """Steps of reward before the target bootstraps."""
+    double: bool = True
+    """Choose the next action by the online network, value it by the target network."""
+    dueling: bool = False
+    """Split the network's head into a value and advantages."""
+    prioritized: bool = False
+    """Draw transitions in proportion to their last error instead of uniformly."""
+    huber: bool = False
+    """Huber loss instead of the squared error. Not the default: on returns far above huber_delta it fits the
+    median of the target, which overlooks rare episode ends, and values grow without bound (seen on CartPole)."""
+    polyak: bool = False
+    """Let the target track by tau at each update, instead of copying every target_period steps."""
+    torso: str = "auto"
+    """'mlp', 'cnn', or 'auto': cnn for image observations, else mlp."""
+    hidden_sizes: tuple[int, ...] = (120, 84)
+    """Widths of the fully connected layers."""
+    channels: tuple[int, ...] = (16,)
+    """Channels of the 3×3 convolutions of a cnn."""
+    activation: str = "relu"
+    """tanh, relu, elu, gelu or silu."""
+    layer_norm: bool = False
+    """Normalise before each activation."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "unroll_length", "num_updates", "batch_size", "warmup_env_steps", "n_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.capacity < self.batch_size:
+            raise ValueError(
+                f"capacity={self.capacity} is smaller than batch_size={self.batch_size}: the replay must hold at "
+                "least one batch; raise capacity or lower batch_size."
+            )
+        if self.warmup_env_steps > self.capacity:
+            raise ValueError(
+                f"warmup_env_steps={self.warmup_env_steps} exceeds capacity={self.capacity}: what the warm-up "
+                "collects must fit; raise capacity or lower warmup_env_steps."
+            )
+        if self.n_step * self.num_envs > self.capacity:
+            raise ValueError(
+                f"n_step={self.n_step} windows of num_envs={self.num_envs} environments do not fit "
+                f"capacity={self.capacity}; raise capacity to at least {self.n_step * self.num_envs}."
+            )
+        check_torso(self)
+
+
+@struct.dataclass
+class HParams:
+    """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
+
+    learning_rate: float = 2.5e-4
+    """Adam's step size."""
+    learning_rate_end: float = 0.0
+    """Step size at the end of annealing."""
+    anneal_env_steps: float = 0.0
+    """Environment steps over which the step size goes linearly to its end; 0 keeps it constant."""
+    gamma: float = 0.99
+    """Discount factor γ."""
+    epsilon_start: float = 1.0
+    """Chance of a random action at env step 0."""
+    epsilon_end: float = 0.05
+    """Chance of a random action after epsilon_env_steps."""
+    epsilon_env_steps: float = 250_000.0
+    """Environment steps over which ε goes linearly to its end."""
+    target_period: float = 500.0
+    """Environment steps between two copies to the target network (without polyak)."""
+    tau: float = 0.005
+    """Share of the online network that the target takes over at each update (with polyak)."""
+    huber_delta: float = 1.0
+    """Error at which the Huber loss turns linear."""
+    max_grad_norm: float = 10.0
+    """Gradients are clipped to this global norm."""
+    priority_exponent: float = 0.6
+    """α of prioritised replay; 0 is uniform."""
+    importance_exponent: float = 0.4
+    """β of prioritised replay at env step 0."""
+    importance_exponent_end: float = 1.0
+    """β at the end of importance_env_steps."""
+    importance_env_steps: float = 500_000.0
+    """Environment steps over which β goes linearly to its end."""
+    env: PyTree = None
+    """The environment's own parameters; None means env.params."""
+
+
+@struct.dataclass
+class State:
+    """Everything that evolves; this is the checkpoint."""
+
+    params: Params
+    target_params: Params
+    opt_state: PyTree
+    rollout: rollout.RolloutState
+    replay: replay.UniformState | replay.PrioritizedState
+    since_target: Array
+    env_steps: Array
+    key: Key
+
+
+def make(
+    env: Environment,
+    config: Config | None = None,
+    *,
+    network: Any = None,
+    optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
+) -> Algorithm:
+    """Return DQN on ``env`` as an :class:`~jrl.types.Algorithm`.
+
+    Args:
+        env: a single environment, from :func:`jrl.make` or your own, with Discrete actions.
+        config: static choices.
+        network: any ``init``/``apply`` pair, ``obs -> Q [..., A]``. None builds one from ``config``.
+        optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
+
+    Raises:
+        TypeError: the actions are not Discrete, or ``network`` is no init/apply pair.
+        ValueError: ``network``'s width is not the number of actions, or it has a memory.
+    """
+    config = Config() if config is None else config
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"dqn on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
+            "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    envs = vectorize(env, config.num_envs)
+    network = (
+        networks.q_network(env, config, dueling=config.dueling)
+        if network is None
+        else networks.as_network(network)
+    )
+    network = networks.mask_aware(network, ops.masked)
+    networks.check_q_output(network, env.observation, env.action)
+    if jax.tree.leaves(network.init_memory(())):
+        raise ValueError("dqn.make(network=…) has a memory: this DQN replays single steps, not sequences.")
+
+    block_steps = config.num_envs * config.unroll_length
+    rows = replay.num_rows(config.capacity, config.num_envs, config.unroll_length)
+    warmup_length = -(-config.warmup_env_steps // block_steps) * config.unroll_length
+    buffer = replay.prioritized if config.prioritized else replay.uniform
+
+    def action_values(params: Params, obs: PyTree) -> Array:
+        return network.apply(params, obs, ())[0]
+
+    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        params, epsilon = acting
+        mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
+        q = action_values(params, obs)
+        return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
+
+    def collect(
+        key: Key, policy: Policy, start: rollout.RolloutState, hparams: HParams, length: int
+    ) -> tuple[rollout.RolloutState, Transition, Metrics]:
+        env_params = env.params if hparams.env is None else hparams.env
+        start, transitions, metrics = rollout.unroll(key, envs, env_params, policy, start, length)
+        return start, transitions._replace(extras=()), metrics
+
+    def init(key: Key, hparams: HParams) -> State:
+        network_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
+        env_params = env.params if hparams.env is None else hparams.env
+        start = rollout.start(reset_key, envs, env_params, config.num_envs)
+        params = network.init(network_key, start.obs, ())
+        explore = Policy(act, (params, jnp.float32(1.0)))
+        start, transitions, _ = collect(warmup_key, explore, start, hparams, warmup_length)
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), transitions)
+        return State(
+            params=params,
+            # A copy of its own: two leaves of one buffer could not both be donated.
+            target_params=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer(hparams, jnp.float32(0)).init(params),
+            rollout=start,
+            replay=buffer.add(buffer.init(one, rows, config.num_envs), transitions),
+            since_target=jnp.float32(0),
+            env_steps=ops.counter.add(ops.counter.zero(), warmup_length * config.num_envs),
+            key=state_key,
+        )
+
+    def targets(state: State, sample: replay.Sample, hparams: HParams) -> Array:
+        """``Σ_{j<k} γ^j r_j + γ^k (1 − terminated) max_a Q⁻(s_k, a)``, ``[N]``."""
+        powers = hparams.gamma ** jnp.arange(config.n_step, dtype=jnp.float32)
+        reward = powers @ sample.rewards
+        discount = hparams.gamma ** sample.length.astype(jnp.float32) * (1.0 - sample.terminated)
+        next_q = action_values(state.target_params, sample.next_obs)
+        if config.double:
+            return ops.double_q_target(reward, discount, action_values(state.params, sample.next_obs), next_q)
+        return ops.q_target(reward, discount, next_q)
+
+    def loss(
+        params: Params, sample: replay.Sample, target: Array, hparams: HParams
+    ) -> tuple[Array, tuple[Array, Array]]:
+        q = action_values(params, sample.obs)
+        td_error = ops.td_error(q, sample.action, target)
+        per_sample = ops.huber(td_error, hparams.huber_delta) if config.huber else 0.5 * td_error**2
+        return (sample.weight * per_sample).mean(), (td_error, q)
+
+    def update(
+        state: State, key: Key, hparams: HParams, env_steps: Array, learning_rate: Array
+    ) -> tuple[State, Metrics]:
+        """Take one gradient step on one batch from the replay."""
+        if config.prioritized:
+            beta = ops.linear_schedule(
+                env_steps,
+                start=hparams.importance_exponent,
+                end=hparams.importance_exponent_end,
+                begin=0.0,
+                duration=hparams.importance_env_steps,
+            )
+            sample = replay.prioritized.sample(
+                key, state.replay, config.batch_size, config.num_envs, config.n_step, beta=beta
+            )
+        else:
+            sample = replay.uniform.sample(
+                key, state.replay, config.batch_size, config.num_envs, config.n_step
+            )
+        target = targets(state, sample, hparams)
+        (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(
+            state.params, sample, target, hparams
+        )
+        updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
+        state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        if config.polyak:
+            state = state.replace(
+                target_params=optax.incremental_update(state.params, state.target_params, hparams.tau)
+            )
+        if config.prioritized:
+            state = state.replace(
+                replay=replay.prioritized.update_priorities(
+                    state.replay, sample.index, td_error, alpha=hparams.priority_exponent
+                )
+            )
+        return state, {
+            "loss": loss_value,
+            "td_error": jnp.abs(td_error).mean(),
+            "q": q.max(-1).mean(),
+            "grad_norm": optax.global_norm(grads),
+        }
+
+    def copy_target(state: State, hparams: HParams) -> State:
+        """Copy the online network if target_period steps have gone by, whatever divides them."""
+        since = state.since_target + block_steps
+        due = since >= hparams.target_period
+        target_params = jax.tree.map(
+            lambda new, old: jnp.where(due, new, old), state.params, state.target_params
+        )
+        return state.replace(target_params=target_params, since_target=jnp.where(due, 0.0, since))
+
+    def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
+        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        env_steps = ops.counter.to_float(state.env_steps)
+        epsilon = ops.linear_schedule(
+            env_steps,
+            start=hparams.epsilon_start,
+            end=hparams.epsilon_end,
+            begin=0.0,
+            duration=hparams.epsilon_env_steps,
+        )
+        learning_rate = annealed_learning_rate(hparams, env_steps)
+        behaviour = Policy(act, (state.params, epsilon))
+        rollout_state, transitions, episode_metrics = collect(
+            unroll_key, behaviour, state.rollout, hparams, config.unroll_length
+        )
+        state = state.replace(
+            rollout=rollout_state,
+            replay=buffer.add(state.replay, transitions),
+            env_steps=ops.counter.add(state.env_steps, block_steps),
+            key=next_key,
+        )
+        state, metrics = jax.lax.scan(
+            lambda state, key: update(state, key, hparams, env_steps, learning_rate),
+            state,
+            jax.random.split(update_key, config.num_updates),
+        )
+        if not config.polyak:
+            state = copy_target(state, hparams)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return state, episode_metrics | metrics | {"epsilon": epsilon, "learning_rate": learning_rate}
+
+    def policy(state: State, *, greedy: bool = True, epsilon: float = 0.05) -> Policy:
+        """Return the greedy policy of the online network, or, with greedy=False, an ε-greedy one."""
+        return Policy(act, (state.params, jnp.float32(0.0 if greedy else epsilon)))
+
+    return Algorithm(init, step, policy, block_steps)

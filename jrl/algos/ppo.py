@@ -1,0 +1,322 @@
+"""Proximal policy optimisation (Schulman et al., 2017, https://arxiv.org/abs/1707.06347).
+
+With generalised advantage estimation (Schulman et al., 2016, https://arxiv.org/abs/1506.02438) and the
+details that make it work (Huang et al., 2022, "The 37 implementation details of PPO"). Where this differs
+from the usual code: at a time limit the target bootstraps from the value of the true last observation; the
+minibatches come from :func:`jrl.ops.shuffled_indices` instead of a sort; values are computed once after the
+rollout, on the whole batch, instead of at each of its steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jrl import networks, normalize, ops, rollout
+from jrl.envs import clip_action, vectorize
+from jrl.networks.defaults import check_torso
+from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.types import (
+    Algorithm,
+    Array,
+    Box,
+    Environment,
+    Key,
+    Memory,
+    Metrics,
+    Params,
+    Policy,
+    PyTree,
+    Transition,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static choices: each sets a shape, a loop length or a code path, and a new one compiles anew."""
+
+    num_envs: int = 16
+    """Environments stepped side by side."""
+    unroll_length: int = 128
+    """Steps in each environment between two updates."""
+    num_epochs: int = 4
+    """Passes over each batch."""
+    num_minibatches: int = 4
+    """Parts of a batch, each one gradient step; must divide num_envs × unroll_length."""
+    torso: str = "auto"
+    """'mlp', 'cnn', or 'auto': cnn for image observations, else mlp."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the fully connected layers."""
+    channels: tuple[int, ...] = (16,)
+    """Channels of the 3×3 convolutions of a cnn."""
+    activation: str = "tanh"
+    """tanh, relu, elu, gelu or silu."""
+    layer_norm: bool = False
+    """Normalise before each activation."""
+    shared_torso: bool = False
+    """One torso for policy and value instead of one each."""
+    clip_value: bool = True
+    """Clip the value's change too, by value_clip_eps."""
+    standardize_advantages: bool = True
+    """Centre and scale the advantages of each minibatch."""
+    normalize_observations: bool = False
+    """Standardise observations by running statistics, clipped to ±10; frozen in evaluation."""
+    normalize_rewards: bool = False
+    """Scale rewards by the standard deviation of the discounted return, clipped to ±10."""
+    stop_at_target_kl: bool = False
+    """Skip what is left of an update once a minibatch's KL exceeds target_kl."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "unroll_length", "num_epochs", "num_minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        batch = self.num_envs * self.unroll_length
+        if batch % self.num_minibatches:
+            divisors = [n for n in range(1, min(batch, 256) + 1) if batch % n == 0]
+            nearest = sorted(divisors, key=lambda n: abs(n - self.num_minibatches))[:3]
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} does not divide the batch of num_envs × unroll_length = "
+                f"{self.num_envs} × {self.unroll_length} = {batch}; use for instance "
+                f"{', '.join(map(str, sorted(nearest)))}."
+            )
+        check_torso(self)
+
+
+@struct.dataclass
+class HParams:
+    """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+    learning_rate_end: float = 0.0
+    """Step size at the end of annealing."""
+    anneal_env_steps: float = 0.0
+    """Environment steps over which the step size goes linearly to its end; 0 keeps it constant."""
+    gamma: float = 0.99
+    """Discount factor γ."""
+    gae_lambda: float = 0.95
+    """λ of the advantage estimate."""
+    clip_eps: float = 0.2
+    """ε of the clipped probability ratio."""
+    value_clip_eps: float = 0.2
+    """ε of the clipped value, with clip_value."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    entropy_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Gradients are clipped to this global norm, over policy and value together."""
+    target_kl: float = 0.02
+    """With stop_at_target_kl: the KL (nats) at which an update stops."""
+    env: PyTree = None
+    """The environment's own parameters; None means env.params."""
+
+
+@struct.dataclass
+class State:
+    """Everything that evolves; this is the checkpoint."""
+
+    params: Params
+    opt_state: PyTree
+    rollout: rollout.RolloutState
+    observation_statistics: PyTree
+    reward_scaling: PyTree
+    env_steps: Array
+    key: Key
+
+
+class Batch(NamedTuple):
+    """What an update learns from, flat ``[T·B, ...]``; ``obs`` already normalised."""
+
+    obs: PyTree
+    action: Array
+    log_prob: Array
+    value: Array
+    advantage: Array
+    target: Array
+
+
+def make(
+    env: Environment,
+    config: Config | None = None,
+    *,
+    network: Any = None,
+    optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
+) -> Algorithm:
+    """Return PPO on ``env`` as an :class:`~jrl.types.Algorithm`.
+
+    Args:
+        env: a single environment, from :func:`jrl.make` or your own; Discrete, MultiDiscrete or Box actions.
+        config: static choices.
+        network: any ``init``/``apply`` pair, ``obs -> (policy head, value)``: the head is logits
+            (MultiDiscrete: side by side), or ``(mean, log_std)`` for a Box. None builds one from ``config``.
+        optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
+
+    Raises:
+        TypeError: ``network`` is no init/apply pair.
+        ValueError: ``network``'s output does not fit the action space, or it has a memory.
+    """
+    config = Config() if config is None else config
+    distribution = networks.distribution(env.action)
+    # The environment gets the clipped action, the loss the one that was drawn.
+    envs = vectorize(clip_action(env) if isinstance(env.action, Box) else env, config.num_envs)
+    network = (
+        networks.actor_critic(env, config, shared_torso=config.shared_torso)
+        if network is None
+        else networks.as_network(network)
+    )
+    network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
+    networks.check_policy_output(network, env.observation, env.action)
+    if jax.tree.leaves(network.init_memory(())):
+        raise ValueError("ppo.make(network=…) has a memory: this PPO shuffles single steps, not sequences.")
+
+    def normalized(statistics: PyTree, obs: PyTree) -> PyTree:
+        return normalize.normalize(statistics, obs) if config.normalize_observations else obs
+
+    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        params, statistics = acting
+        (head, _), memory = network.apply(params, normalized(statistics, obs), memory)
+        policy = distribution(head)
+        action = policy.sample(key)
+        return action, memory, policy.log_prob(action)
+
+    def play(greedy: bool, acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple:
+        params, statistics = acting
+        (head, value), memory = network.apply(params, normalized(statistics, obs), memory)
+        policy = distribution(head)
+        action = policy.mode() if greedy else policy.sample(key)
+        if isinstance(env.action, Box):
+            action = jnp.clip(action, env.action.low, env.action.high)
+        return action, memory, {"value": value}
+
+    play_greedily = jax.tree_util.Partial(play, True)
+    play_sampled = jax.tree_util.Partial(play, False)
+
+    def env_params(hparams: HParams) -> PyTree:
+        return env.params if hparams.env is None else hparams.env
+
+    def init(key: Key, hparams: HParams) -> State:
+        network_key, reset_key, state_key = jax.random.split(key, 3)
+        memory = network.init_memory((config.num_envs,))
+        start = rollout.start(reset_key, envs, env_params(hparams), config.num_envs, memory)
+        params = network.init(network_key, start.obs, memory)
+        return State(
+            params=params,
+            opt_state=optimizer(hparams, jnp.float32(0)).init(params),
+            rollout=start,
+            observation_statistics=(
+                normalize.init_statistics(env.observation) if config.normalize_observations else ()
+            ),
+            reward_scaling=normalize.init_reward_scaling(config.num_envs) if config.normalize_rewards else (),
+            env_steps=ops.counter.zero(),
+            key=state_key,
+        )
+
+    def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
+        obs = normalized(state.observation_statistics, transitions.obs)
+        next_obs = normalized(state.observation_statistics, transitions.next_obs)
+        (_, value), _ = network.apply(state.params, obs, ())
+        (_, next_value), _ = network.apply(state.params, next_obs, ())
+        advantage, target = ops.gae(
+            reward,
+            value,
+            next_value,
+            transitions.terminated,
+            transitions.truncated,
+            gamma=hparams.gamma,
+            gae_lambda=hparams.gae_lambda,
+        )
+        batch = Batch(obs, transitions.action, transitions.extras, value, advantage, target)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+
+    def loss(params: Params, batch: Batch, hparams: HParams) -> tuple[Array, Metrics]:
+        (head, value), _ = network.apply(params, batch.obs, ())
+        policy = distribution(head)
+        log_prob = policy.log_prob(batch.action)
+        advantage = ops.standardize(batch.advantage) if config.standardize_advantages else batch.advantage
+        policy_loss = ops.ppo_clip_loss(log_prob, batch.log_prob, advantage, hparams.clip_eps)
+        if config.clip_value:
+            value_loss = ops.clipped_value_loss(value, batch.value, batch.target, hparams.value_clip_eps)
+        else:
+            value_loss = ops.value_loss(value, batch.target)
+        entropy = policy.entropy().mean()
+        total = policy_loss + hparams.value_coef * value_loss - hparams.entropy_coef * entropy
+        return total, {
+            "loss": total,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "approx_kl": ops.approx_kl(log_prob, batch.log_prob),
+            "clip_fraction": ops.clip_fraction(log_prob, batch.log_prob, hparams.clip_eps),
+        }
+
+    def update(state: State, batch: Batch, key: Key, hparams: HParams) -> tuple[State, Metrics]:
+        """Take num_epochs × num_minibatches gradient steps on ``batch``."""
+        learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
+        gradient_step = optimizer(hparams, learning_rate).update
+        size = batch.advantage.shape[0]
+        shuffles = jax.vmap(lambda key: ops.shuffled_indices(key, size))(
+            jax.random.split(key, config.num_epochs)
+        )
+        shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
+
+        def minibatch_step(carry: tuple, index: Array) -> tuple[tuple, Metrics]:
+            params, opt_state, stopped = carry
+            minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
+            grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch, hparams)
+            metrics["grad_norm"] = optax.global_norm(grads)
+            updates, new_opt_state = gradient_step(grads, opt_state, params)
+            new = (optax.apply_updates(params, updates), new_opt_state)
+            if config.stop_at_target_kl:
+                # A select, not a branch: under vmap a batched branch would run both sides anyway.
+                stopped |= metrics["approx_kl"] > hparams.target_kl
+                new = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), (params, opt_state), new)
+                metrics["stopped_fraction"] = stopped.astype(jnp.float32)
+            return (*new, stopped), metrics
+
+        start = (state.params, state.opt_state, jnp.bool_(False))
+        (params, opt_state, _), metrics = jax.lax.scan(minibatch_step, start, shuffles)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        metrics["learning_rate"] = learning_rate
+        metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target)
+        return state.replace(params=params, opt_state=opt_state), metrics
+
+    def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
+        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        behaviour = Policy(act, (state.params, state.observation_statistics), network.init_memory)
+        rollout_state, transitions, episode_metrics = rollout.unroll(
+            unroll_key, envs, env_params(hparams), behaviour, state.rollout, config.unroll_length
+        )
+        reward, reward_scaling = transitions.reward, state.reward_scaling
+        if config.normalize_rewards:
+            reward_scaling, reward = normalize.scale_reward(
+                reward_scaling, reward, transitions.terminated, transitions.truncated, gamma=hparams.gamma
+            )
+        batch = targets(state, transitions, reward, hparams)
+        state, metrics = update(state, batch, update_key, hparams)
+        statistics = state.observation_statistics
+        if config.normalize_observations:
+            # Only now: the batch's ratios start at 1 because its statistics are those it was collected with.
+            statistics = normalize.update_statistics(statistics, transitions.obs)
+        state = state.replace(
+            rollout=rollout_state,
+            observation_statistics=statistics,
+            reward_scaling=reward_scaling,
+            env_steps=ops.counter.add(state.env_steps, env_steps_per_step),
+            key=next_key,
+        )
+        return state, episode_metrics | metrics
+
+    def policy(state: State, *, greedy: bool = True) -> Policy:
+        """Return the current policy: the mode of its distribution, or samples from it."""
+        acting = (state.params, state.observation_statistics)
+        return Policy(play_greedily if greedy else play_sampled, acting, network.init_memory)
+
+    env_steps_per_step = config.num_envs * config.unroll_length
+    return Algorithm(init, step, policy, env_steps_per_step)

@@ -1,0 +1,192 @@
+"""From plain functions to an :class:`~jrl.types.Environment` that a ``lax.scan`` can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrl.types import ActionSpace, Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
+
+
+def from_functions(
+    reset: Callable[[Key, PyTree], tuple[PyTree, PyTree]],
+    transition: Callable[[Key, PyTree, Array, PyTree], tuple[PyTree, PyTree, Any, Any, Any]],
+    params: PyTree,
+    action: ActionSpace,
+    name: str = "environment",
+) -> Environment:
+    """Make an environment of its reset and its transition; the resetting at episode ends is added here.
+
+    Each step splits its key in two, one for the transition and one for the reset, so that every episode of
+    every environment starts from its own draw. What is returned is :func:`strict`: rewards may be integers,
+    flags Python bools, times Python ints.
+
+    ::
+
+        def reset(key, params):
+            position = jax.random.uniform(key, minval=-1.0, maxval=1.0)
+            return (position, 0), position[None]              # env_state, obs
+
+        def transition(key, state, action, params):
+            position, time = state
+            position, time = position + params["speed"] * (2.0 * action - 1.0), time + 1
+            reward = -jnp.abs(position)
+            return (position, time), position[None], reward, jnp.abs(position) > 2.0, time >= params["limit"]
+
+        env = from_functions(reset, transition, {"speed": 0.1, "limit": 20}, Discrete(2), "Walk")
+
+    Args:
+        reset: ``(key, params) -> (env_state, obs)``.
+        transition: ``(key, env_state, action, params) -> (env_state, obs, reward, terminated, truncated)``,
+            where ``obs`` is the true successor; it never resets.
+        params: default parameters, a pytree of numbers and arrays; may be ``()``.
+        action: the action space.
+        name: for messages and records.
+
+    Raises:
+        ValueError: what ``reset`` and ``transition`` return differs in structure or shapes.
+    """
+
+    def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        step_key, reset_key = jax.random.split(key)
+        stepped, next_obs, reward, terminated, truncated = transition(step_key, env_state, action, params)
+        ended = jnp.logical_or(terminated, truncated)
+        fresh, first_obs = reset(reset_key, params)
+        env_state, obs = select(ended, (fresh, first_obs), (stepped, next_obs), name)
+        return env_state, TimeStep(obs, reward, terminated, truncated, next_obs)
+
+    return strict(Environment(reset, step, params, None, action, name))
+
+
+def strict(env: Environment) -> Environment:
+    """Give an environment outputs that a ``lax.scan`` can carry, whatever Python numbers it was written with.
+
+    Environment states and observations leave ``reset`` and ``step`` with the same shapes and dtypes and with
+    strong types (the dtypes are the smallest that hold both, found with :func:`jax.eval_shape`); rewards are
+    float32 ``[]`` and flags bool ``[]``; parameters are cast to the dtypes of the default ones, so that a
+    sweep may pass any numbers; ``env.observation`` is set to what the observations really are.
+
+    Raises:
+        ValueError: ``reset`` and ``step`` differ in the structure or the shapes of what they return; the
+            reward or a flag is not a scalar; or, when stepped, the action has another shape than the space.
+    """
+    dtypes = jax.tree.map(lambda p: jnp.asarray(p).dtype, env.params)
+    spec = _fixed_point(env)
+    action_spec = action_struct(env.action)
+
+    def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
+        return _cast(env.reset(key, _cast_params(params, dtypes, env.name)), spec)
+
+    def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        action = jnp.asarray(action, action_spec.dtype)
+        if action.shape != action_spec.shape:
+            raise ValueError(
+                f"{env.name}: an action of shape {action.shape} where {env.action} has shape "
+                f"{action_spec.shape}. For a batch of environments use jrl.envs.vectorize(env, num_envs)."
+            )
+        env_state, out = env.step(key, env_state, action, _cast_params(params, dtypes, env.name))
+        env_state, obs = _cast((env_state, out.obs), spec)
+        return env_state, TimeStep(
+            obs=obs,
+            reward=_scalar(out.reward, jnp.float32, "reward", env.name),
+            terminated=_scalar(out.terminated, jnp.bool_, "terminated", env.name),
+            truncated=_scalar(out.truncated, jnp.bool_, "truncated", env.name),
+            next_obs=_cast(out.next_obs, spec[1]),
+        )
+
+    return env._replace(reset=reset, step=step, observation=spec[1])
+
+
+def action_struct(action: ActionSpace) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of one action of a space."""
+    if isinstance(action, Discrete):
+        return jax.ShapeDtypeStruct((), jnp.int32)
+    if isinstance(action, MultiDiscrete):
+        return jax.ShapeDtypeStruct((len(action.ns),), jnp.int32)
+    if isinstance(action, Box):
+        return jax.ShapeDtypeStruct(action.shape, jnp.float32)
+    raise TypeError(f"action={action!r}: expected jrl.types.Discrete, MultiDiscrete or Box.")
+
+
+def select(condition: Array, on_true: PyTree, on_false: PyTree, name: str = "environment") -> PyTree:
+    """Choose one of two pytrees of equal structure and shapes by a scalar condition, promoting dtypes."""
+    _check_alike(on_true, on_false, f"{name}: what reset returns against what the step returns")
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def _fixed_point(env: Environment) -> PyTree:
+    """Return the specification of ``(env_state, obs)`` that both reset and step map into."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    action = action_struct(env.action)
+    params = jax.tree.map(jnp.asarray, env.params)
+
+    def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> PyTree:
+        env_state, out = env.step(key, env_state, action, params)
+        return (env_state, out.obs), (env_state, out.next_obs)
+
+    spec = _struct(jax.eval_shape(env.reset, key, params))
+    while True:  # ends: dtypes only ever grow, and there are finitely many
+        joined = spec
+        for stepped in jax.eval_shape(step, key, spec[0], action, params):
+            _check_alike(joined, stepped, f"{env.name}: what reset returns against what step returns")
+            joined = jax.tree.map(_join, joined, stepped)
+        if joined == spec:
+            return spec
+        spec = joined
+
+
+def _struct(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _join(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    dtype = a.dtype if a.dtype == b.dtype else jnp.promote_types(a.dtype, b.dtype)
+    return jax.ShapeDtypeStruct(a.shape, dtype)
+
+
+def _check_alike(a: PyTree, b: PyTree, what: str) -> None:
+    structures = [str(jax.tree.structure(tree)) for tree in (a, b)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{what} (env_state, obs): the structures differ, {structures[0]} against {structures[1]}. "
+            "Return the same pytree from both."
+        )
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"{what} (env_state, obs): leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(x)} "
+                f"against {jnp.shape(y)}. Shapes must not change within an episode."
+            )
+
+
+def _cast(tree: PyTree, spec: PyTree) -> PyTree:
+    # asarray with an explicit dtype also strips the weak type of what was a Python number
+    return jax.tree.map(
+        lambda x, s: x if _is_key(s.dtype) else jnp.asarray(x, s.dtype),
+        tree,
+        spec,
+    )
+
+
+def _cast_params(params: PyTree, dtypes: PyTree, name: str) -> PyTree:
+    given, expected = str(jax.tree.structure(params)), str(jax.tree.structure(dtypes))
+    if given != expected:
+        raise ValueError(
+            f"{name}: params have the structure {given}, the environment's own are {expected}. Start from "
+            "env.params and replace values in it."
+        )
+    return jax.tree.map(lambda p, d: p if _is_key(d) else jnp.asarray(p, d), params, dtypes)
+
+
+def _is_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _scalar(x: Any, dtype: Any, field: str, name: str) -> Array:
+    x = jnp.asarray(x, dtype)
+    if x.size != 1:
+        raise ValueError(f"{name}: {field} has shape {x.shape}, expected a scalar for each environment.")
+    return x.reshape(())

@@ -1,0 +1,138 @@
+"""The adapter from gymnax 1.x. The only file that imports gymnax, and only inside functions: it is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl.envs.build import from_functions, strict
+from jrl.envs.observations import one_hot_observation
+from jrl.types import ActionSpace, Array, Box, Discrete, Environment, Key, PyTree, TimeStep
+
+# What to use here instead of a wrapper of gymnax.
+_INSTEAD = {
+    "StickyActionWrapper": "jrl.envs.sticky_actions(env, probability)",
+    "FlattenObservationWrapper": "jrl.envs.flatten_observation(env)",
+    "LogWrapper": "nothing: jrl.rollout and jrl.train report episode returns and lengths",
+    "LegacyStepAPIWrapper": "nothing: jrl reports terminated and truncated apart",
+    "GymnaxToVectorGymWrapper": "jrl.envs.vectorize(env, num_envs)",
+}
+
+
+def registered() -> list[str]:
+    """Return the ids gymnax has registered, in its order."""
+    import gymnax
+
+    return list(gymnax.registered_envs)
+
+
+def make_registered(env_id: str, *, params: Any = None, raw: bool = False, **kwargs: Any) -> Environment:
+    """Build the environment gymnax registers as ``env_id``; ``kwargs`` go to gymnax's factory."""
+    import gymnax
+
+    env, default = gymnax.make(env_id, **kwargs)
+    return adapt(env, params=_merge(default, params, env_id), raw=raw, name=env_id)
+
+
+def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None = None) -> Environment:
+    """Turn a gymnax ``Environment`` into a :class:`jrl.types.Environment`, with gymnax's own semantics.
+
+    The transition is ``step_env``, the time limit ``is_truncated`` of the state it leads to, the next episode
+    ``reset_env`` with a key of its own; one split of the step's key gives both keys, in gymnax's order, so
+    that for equal keys jrl and gymnax agree step by step. A class that overrides ``step`` itself (DeepSea
+    keeps counters across episodes there) is stepped through it. Types are made strict
+    (:func:`jrl.envs.strict`), and a Discrete observation becomes a one-hot vector unless ``raw``.
+
+    Args:
+        env: an instance of ``gymnax.environments.environment.Environment``.
+        params: its parameters, or a mapping of fields to change in the default ones.
+        raw: leave a Discrete observation an int32 scalar.
+        name: for messages and records; gymnax's name where None.
+
+    Raises:
+        TypeError: ``env`` is one of gymnax's wrappers, or no gymnax environment.
+        ValueError: the action space has no counterpart, or ``params`` names a field that does not exist.
+    """
+    from gymnax.environments import environment, spaces
+
+    if not isinstance(env, environment.Environment):
+        raise TypeError(_refusal(env))
+    name = name or env.name
+    params = _merge(env.default_params, params, name)
+    action = _action_space(env.action_space(params), name)
+
+    def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
+        obs, env_state = env.reset_env(key, params)
+        return env_state, obs
+
+    if type(env).step is environment.Environment.step and type(env).reset is environment.Environment.reset:
+
+        def transition(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[Any, ...]:
+            obs, env_state, reward, terminated, _ = env.step_env(key, env_state, action, params)
+            return env_state, obs, reward, terminated, env.is_truncated(env_state, params)
+
+        adapted = from_functions(reset, transition, params, action, name)
+    else:
+
+        def reset_itself(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
+            obs, env_state = env.reset(key, params)
+            return env_state, obs
+
+        def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+            obs, env_state, reward, terminated, truncated, info = env.step(key, env_state, action, params)
+            return env_state, TimeStep(obs, reward, terminated, truncated, info["final_observation"])
+
+        adapted = strict(Environment(reset_itself, step, params, None, action, name))
+
+    space = env.observation_space(params)
+    if isinstance(space, spaces.Discrete) and not raw:
+        return one_hot_observation(adapted, int(space.n))
+    return adapted
+
+
+def _merge(default: Any, params: Any, name: str) -> Any:
+    if params is None:
+        return default
+    if not isinstance(params, Mapping):
+        return params
+    unknown = sorted(set(params) - set(vars(default)))
+    if unknown:
+        raise ValueError(
+            f"{name}: params has no field {unknown[0]!r}; its fields are {sorted(vars(default))}."
+        )
+    return default.replace(**params)
+
+
+def _refusal(env: Any) -> str:
+    kind = type(env).__name__
+    names = [c.__name__ for c in type(env).__mro__]
+    if any(c.__module__.startswith("gymnax.wrappers") for c in type(env).__mro__):
+        instead = next((_INSTEAD[n] for n in names if n in _INSTEAD), "the wrappers of jrl.envs")
+        return (
+            f"{kind} is a gymnax wrapper: it changes step and reset, of which jrl uses the parts (step_env, "
+            f"reset_env). Pass the unwrapped environment to jrl.make; instead of {kind} use {instead}."
+        )
+    return f"{kind} is not a gymnax Environment, a jrl Environment or an id."
+
+
+def _action_space(space: Any, name: str) -> ActionSpace:
+    from gymnax.environments import spaces
+
+    if isinstance(space, spaces.Discrete):
+        return Discrete(int(space.n))
+    if isinstance(space, spaces.Box) and jnp.issubdtype(space.dtype, jnp.floating):
+        return Box(tuple(space.shape), _bound(space.low), _bound(space.high))
+    raise ValueError(
+        f"{name}: the action space {space} has no counterpart here: a Discrete or a floating-point Box is "
+        "expected. Build the environment with jrl.envs.from_functions."
+    )
+
+
+def _bound(bound: Any) -> np.ndarray:
+    bound = np.asarray(jax.device_get(bound), np.float32)
+    # gymnax writes "no bound" as the largest float
+    return np.where(np.abs(bound) >= np.finfo(np.float32).max, np.copysign(np.float32(np.inf), bound), bound)

@@ -1,0 +1,34 @@
+"""Networks: default ones for control, and adapters that make any ``init``/``apply`` pair one."""
+
+from jrl.networks.adapters import (
+    as_network,
+    check_policy_output,
+    check_q_output,
+    from_nnx,
+    mask_aware,
+    observation_flattener,
+)
+from jrl.networks.cnn import CNN, PatchConv
+from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
+from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
+from jrl.networks.mlp import ACTIVATIONS, MLP
+
+__all__ = [
+    "ACTIVATIONS",
+    "CNN",
+    "MLP",
+    "ActorCritic",
+    "PatchConv",
+    "PolicyHead",
+    "QNetwork",
+    "TorsoConfig",
+    "actor_critic",
+    "as_network",
+    "check_policy_output",
+    "check_q_output",
+    "distribution",
+    "from_nnx",
+    "mask_aware",
+    "observation_flattener",
+    "q_network",
+]

@@ -1,0 +1,159 @@
+"""Any ``init``/``apply`` pair as a :class:`jrl.types.Network`: linen modules, nnx modules, plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrl.types import ActionSpace, Box, Discrete, MaskedObservation, MultiDiscrete, Network, PyTree, no_memory
+
+
+def as_network(network: Any) -> Network:
+    """Return ``network`` as a :class:`~jrl.types.Network`.
+
+    Args:
+        network: a Network; or anything with ``init(key, obs) -> params`` and ``apply(params, obs) -> output``
+            (a flax linen module, a NamedTuple, a module of functions); or, with a memory, one that also has
+            ``init_memory(batch_shape)``, and whose ``init`` and ``apply`` take the memory as a third argument
+            and whose ``apply`` returns ``(output, memory)``; or a pair ``(init, apply)``.
+
+    Raises:
+        TypeError: ``network`` is none of these.
+    """
+    if isinstance(network, Network):
+        return network
+    if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
+        init, apply = network
+    elif callable(getattr(network, "init", None)) and callable(getattr(network, "apply", None)):
+        init, apply = network.init, network.apply
+    else:
+        raise TypeError(
+            f"network={network!r}: needs init(key, obs) -> params and apply(params, obs) -> output, as a flax "
+            "linen module, an (init, apply) pair or a jrl.Network; wrap an nnx module in jrl.networks.from_nnx."
+        )
+    init_memory = getattr(network, "init_memory", None)
+    if init_memory is not None:
+        return Network(init, apply, init_memory)
+    return Network(
+        init=lambda key, obs, memory=(): init(key, obs),
+        apply=lambda params, obs, memory=(): (apply(params, obs), memory),
+        init_memory=no_memory,
+    )
+
+
+def from_nnx(constructor: Callable[..., Any]) -> Network:
+    """Return an ``nnx`` module as a Network.
+
+    Args:
+        constructor: ``rngs -> nnx.Module``, for instance ``lambda rngs: MyModule(4, 2, rngs=rngs)``; the module
+            is called on observations with any leading batch axes. Its whole state (parameters and variables
+            of other kinds) becomes the Network's params; changes that a call makes to it are dropped.
+    """
+    from flax import nnx
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
+
+    def init(key: jax.Array, obs: PyTree, memory: PyTree = ()) -> PyTree:
+        return nnx.to_pure_dict(nnx.split(constructor(nnx.Rngs(key)))[1])
+
+    def apply(params: PyTree, obs: PyTree, memory: PyTree = ()) -> tuple[PyTree, PyTree]:
+        module = nnx.merge(graph, nnx.State(params))
+        return module(obs), memory
+
+    return Network(init, apply)
+
+
+def observation_flattener(spec: PyTree) -> Callable[[PyTree], jax.Array]:
+    """Return ``obs -> features float32 [..., F]``: every leaf of ``obs`` flattened, cast and joined.
+
+    Args:
+        spec: pytree of ShapeDtypeStruct of one observation; what stands before these axes is batch.
+    """
+    ranks = [len(leaf.shape) for leaf in jax.tree.leaves(spec)]
+
+    def flatten(obs: PyTree) -> jax.Array:
+        leaves = [
+            leaf.reshape(*leaf.shape[: leaf.ndim - rank], -1).astype(jnp.float32)
+            for leaf, rank in zip(jax.tree.leaves(obs), ranks, strict=True)
+        ]
+        return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=-1)
+
+    return flatten
+
+
+def mask_aware(network: Network, mask_output: Callable[[PyTree, jax.Array], PyTree]) -> Network:
+    """Let ``network`` see the observation within a MaskedObservation, and mask its output.
+
+    Args:
+        network: takes plain observations.
+        mask_output: ``(output, action_mask) -> output``.
+    """
+
+    def init(key: jax.Array, obs: PyTree, memory: PyTree) -> PyTree:
+        return network.init(key, obs.obs if isinstance(obs, MaskedObservation) else obs, memory)
+
+    def apply(params: PyTree, obs: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+        if not isinstance(obs, MaskedObservation):
+            return network.apply(params, obs, memory)
+        output, memory = network.apply(params, obs.obs, memory)
+        return mask_output(output, obs.action_mask), memory
+
+    return Network(init, apply, network.init_memory)
+
+
+def check_policy_output(network: Network, observation: PyTree, action: ActionSpace) -> None:
+    """Raise unless ``network`` maps an observation to ``(policy head, value)`` of the sizes ``action`` needs.
+
+    Shapes are found abstractly; nothing is computed.
+
+    Raises:
+        ValueError: the wrong structure or a wrong width, with both named.
+    """
+    output = _output_shape(network, observation)
+    if not (isinstance(output, tuple) and len(output) == 2):
+        raise ValueError(f"network returns {_describe(output)}: PPO needs (policy head, value).")
+    head, value = output
+    widths = {
+        Discrete: lambda a: [(a.n,)],
+        MultiDiscrete: lambda a: [(sum(a.ns),)],
+        Box: lambda a: [a.shape, a.shape],
+    }[type(action)](action)
+    if [leaf.shape for leaf in jax.tree.leaves(head)] != widths:
+        raise ValueError(
+            f"network's policy head is {_describe(head)} for one observation, but {action!r} needs "
+            f"{' and '.join(map(str, widths))}: change the width of its last layer."
+        )
+    if getattr(value, "shape", None) != ():
+        raise ValueError(
+            f"network's value is {_describe(value)} for one observation: it must be a scalar, ()."
+        )
+
+
+def check_q_output(network: Network, observation: PyTree, action: Discrete) -> None:
+    """Raise unless ``network`` maps an observation to ``[A]`` action values.
+
+    Raises:
+        ValueError: a wrong width, with both named.
+    """
+    output = _output_shape(network, observation)
+    if getattr(output, "shape", None) != (action.n,):
+        raise ValueError(
+            f"network returns {_describe(output)} for one observation, but {action!r} needs ({action.n},) action "
+            "values: change the width of its last layer."
+        )
+
+
+def _output_shape(network: Network, observation: PyTree) -> PyTree:
+    def forward(key: jax.Array, obs: PyTree) -> PyTree:
+        memory = network.init_memory(())
+        return network.apply(network.init(key, obs, memory), obs, memory)[0]
+
+    return jax.eval_shape(forward, jax.random.key(0), observation)
+
+
+def _describe(tree: PyTree) -> str:
+    shapes = [str(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    return f"{type(tree).__name__} of shapes {', '.join(shapes)}" if len(shapes) != 1 else shapes[0]

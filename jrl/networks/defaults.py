@@ -1,0 +1,106 @@
+"""The networks that ``ppo.make`` and ``dqn.make`` build when none is given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jrl.networks.adapters import observation_flattener
+from jrl.networks.cnn import CNN
+from jrl.networks.heads import ActorCritic, QNetwork
+from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
+
+
+class TorsoConfig(Protocol):
+    """The fields of a Config that describe a torso."""
+
+    @property
+    def torso(self) -> str:
+        """``"mlp"``, ``"cnn"``, or ``"auto"``: cnn for one observation array of rank 3, else mlp."""
+
+    @property
+    def hidden_sizes(self) -> Sequence[int]:
+        """Widths of the fully connected layers."""
+
+    @property
+    def channels(self) -> Sequence[int]:
+        """Channels of the convolutions."""
+
+    @property
+    def activation(self) -> str:
+        """A name in :data:`jrl.networks.ACTIVATIONS`."""
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether to normalise before each activation."""
+
+
+def actor_critic(env: Environment, config: TorsoConfig, *, shared_torso: bool = False) -> Network:
+    """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``."""
+    torso, prepare = _torso(env, config)
+    return _network(ActorCritic(torso, env.action, shared_torso), prepare)
+
+
+def q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
+    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``."""
+    assert isinstance(env.action, Discrete)
+    torso, prepare = _torso(env, config)
+    return _network(QNetwork(torso, env.action.n, dueling), prepare)
+
+
+def check_torso(config: TorsoConfig) -> None:
+    """Raise ValueError for a torso that no network can have; for ``Config.__post_init__``."""
+    if config.torso not in ("auto", "mlp", "cnn"):
+        raise ValueError(f"torso={config.torso!r}: must be 'auto', 'mlp' or 'cnn'.")
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={config.activation!r}: must be one of {', '.join(ACTIVATIONS)}.")
+    for name in ("hidden_sizes", "channels"):
+        sizes = getattr(config, name)
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"{name}={sizes}: needs one or more layers, each of at least 1 unit.")
+
+
+def _torso(
+    env: Environment, config: TorsoConfig
+) -> tuple[Callable[[], nn.Module], Callable[[PyTree], jax.Array]]:
+    observation = env.observation
+    if isinstance(observation, MaskedObservation):
+        observation = observation.obs
+    leaves = jax.tree.leaves(observation)
+    is_image = len(leaves) == 1 and len(leaves[0].shape) == 3
+    if config.torso == "cnn" and not is_image:
+        shapes = ", ".join(str(leaf.shape) for leaf in leaves)
+        raise ValueError(
+            f"torso='cnn' on {env.name}: a CNN needs one observation array [height, width, channels], this "
+            f"environment's are {shapes}; use torso='mlp'."
+        )
+    if config.torso == "cnn" or (config.torso == "auto" and is_image):
+        smallest = 2 * len(config.channels) + 1
+        if min(leaves[0].shape[:2]) < smallest:
+            raise ValueError(
+                f"channels={tuple(config.channels)} on images {leaves[0].shape}: each 3×3 convolution takes 2 off "
+                f"height and width, so both must be at least {smallest}; use fewer layers or torso='mlp'."
+            )
+        torso = functools.partial(
+            CNN,
+            tuple(config.channels),
+            hidden_sizes=tuple(config.hidden_sizes),
+            activation=config.activation,
+            layer_norm=config.layer_norm,
+        )
+        return torso, lambda obs: jax.tree.leaves(obs)[0].astype(jnp.float32)
+    torso = functools.partial(MLP, tuple(config.hidden_sizes), config.activation, config.layer_norm)
+    return torso, observation_flattener(observation)
+
+
+def _network(module: nn.Module, prepare: Callable[[PyTree], jax.Array]) -> Network:
+    return Network(
+        init=lambda key, obs, memory: module.init(key, prepare(obs)),
+        apply=lambda params, obs, memory: (module.apply(params, prepare(obs)), memory),
+    )

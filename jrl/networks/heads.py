@@ -1,0 +1,97 @@
+"""Heads: from features to action distributions, values and action values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jrl.networks.mlp import dense
+from jrl.ops import distributions
+from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
+
+
+class PolicyHead(nn.Module):
+    """The parameters of an action distribution: logits, or (mean, log_std) for a Box.
+
+    Weights of gain 0.01, so that the first policy is nearly uniform. ``log_std`` does not depend on the
+    state. For MultiDiscrete the logits of all choices lie side by side.
+    """
+
+    action: ActionSpace
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> Any:
+        """Return logits ``[..., A]``, or ``(mean [..., A], log_std [..., A])``."""
+        match self.action:
+            case Discrete(n=n):
+                return dense(n, 0.01)(features)
+            case MultiDiscrete(ns=ns):
+                return dense(sum(ns), 0.01)(features)
+            case Box(shape=shape):
+                size = _box_size(shape)
+                mean = dense(size, 0.01)(features)
+                log_std = self.param("log_std", nn.initializers.zeros_init(), (size,))
+                return mean, jnp.broadcast_to(log_std, mean.shape)
+        raise TypeError(f"no policy head for the action space {self.action!r}")
+
+
+class ActorCritic(nn.Module):
+    """``obs ↦ (policy head, value [...])``, with one torso for both or one each."""
+
+    torso: Callable[[], nn.Module]
+    action: ActionSpace
+    shared_torso: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[Any, jax.Array]:
+        """Return the distribution's parameters and the value ``[...]``."""
+        actor_features = self.torso()(x)
+        critic_features = actor_features if self.shared_torso else self.torso()(x)
+        value = dense(1, 1.0)(critic_features)
+        return PolicyHead(self.action)(actor_features), value[..., 0]
+
+
+class QNetwork(nn.Module):
+    """``obs ↦ Q [..., A]``; dueling: ``Q = V + A − mean_a A`` (Wang et al., 2016, arXiv:1511.06581)."""
+
+    torso: Callable[[], nn.Module]
+    num_actions: int
+    dueling: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the action values ``[..., A]``."""
+        features = self.torso()(x)
+        advantage = dense(self.num_actions, 1.0)(features)
+        if not self.dueling:
+            return advantage
+        value = dense(1, 1.0)(features)
+        return value + advantage - advantage.mean(-1, keepdims=True)
+
+
+def distribution(action: ActionSpace) -> Callable[[Any], Any]:
+    """Return the function from a policy head's output to a distribution over ``action``.
+
+    Categorical for Discrete, independent categoricals for MultiDiscrete, a diagonal normal for Box (whose
+    samples the caller clips to the bounds on their way to the environment).
+    """
+    match action:
+        case Discrete():
+            return distributions.Categorical
+        case MultiDiscrete(ns=ns):
+            return lambda logits: distributions.MultiCategorical(logits, ns)
+        case Box():
+            return lambda head: distributions.Normal(*head)
+    raise TypeError(f"no distribution for the action space {action!r}")
+
+
+def _box_size(shape: tuple[int, ...]) -> int:
+    if len(shape) != 1:
+        raise ValueError(
+            f"Box(shape={shape}): policy heads need a vector of actions, shape (n,); flatten the action first."
+        )
+    return shape[0]

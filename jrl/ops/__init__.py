@@ -1,0 +1,80 @@
+"""Formulas: arrays in, arrays out. Loads jax and chex, and nothing else of jrl but its records."""
+
+from jrl.ops import counter
+from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, masked
+from jrl.ops.exploration import boltzmann, epsilon_greedy
+from jrl.ops.losses import (
+    approx_kl,
+    clip_fraction,
+    clipped_value_loss,
+    double_q_target,
+    explained_variance,
+    huber,
+    ppo_clip_loss,
+    q_target,
+    select_action,
+    standardize,
+    td_error,
+    value_loss,
+)
+from jrl.ops.returns import (
+    discounted_returns,
+    gae,
+    lambda_returns,
+    n_step_returns,
+    q_lambda,
+    retrace,
+    vtrace,
+    watkins_q_lambda,
+)
+from jrl.ops.schedules import (
+    cosine_schedule,
+    elapsed_fraction,
+    exponential_schedule,
+    linear,
+    linear_schedule,
+    piecewise_schedule,
+    polynomial_schedule,
+    warmup_cosine_schedule,
+)
+from jrl.ops.shuffle import shuffled_indices
+
+__all__ = [
+    "Categorical",
+    "MultiCategorical",
+    "Normal",
+    "TanhNormal",
+    "approx_kl",
+    "boltzmann",
+    "clip_fraction",
+    "clipped_value_loss",
+    "cosine_schedule",
+    "counter",
+    "discounted_returns",
+    "double_q_target",
+    "elapsed_fraction",
+    "epsilon_greedy",
+    "explained_variance",
+    "exponential_schedule",
+    "gae",
+    "huber",
+    "lambda_returns",
+    "linear",
+    "linear_schedule",
+    "masked",
+    "n_step_returns",
+    "piecewise_schedule",
+    "polynomial_schedule",
+    "ppo_clip_loss",
+    "q_lambda",
+    "q_target",
+    "retrace",
+    "select_action",
+    "shuffled_indices",
+    "standardize",
+    "td_error",
+    "value_loss",
+    "vtrace",
+    "warmup_cosine_schedule",
+    "watkins_q_lambda",
+]

@@ -1,0 +1,85 @@
+"""A sum tree of priorities with wide nodes: O(log n) sampling and updates, no drift, never a zero item.
+
+Level 0 holds the priorities, each node of level ``l + 1`` the sum of ``WIDTH`` nodes of level ``l``. Parents
+are recomputed from their children, not incremented, so rounding never accumulates.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+WIDTH = 16
+
+Tree = tuple[jax.Array, ...]
+
+
+def init(capacity: int) -> Tree:
+    """Return a tree of ``capacity`` zero priorities: float32 levels, the last of size 1."""
+    levels = [jnp.zeros((_padded(capacity),), jnp.float32)]
+    while levels[-1].shape[0] > 1:
+        nodes = levels[-1].shape[0] // WIDTH
+        levels.append(jnp.zeros((_padded(nodes) if nodes > 1 else 1,), jnp.float32))
+    return tuple(levels)
+
+
+def total(tree: Tree) -> jax.Array:
+    """Return the sum of all priorities, float32 ``[]``."""
+    return tree[-1][0]
+
+
+def update(tree: Tree, index: jax.Array, priority: jax.Array) -> Tree:
+    """Set the priorities at ``index`` (int32 ``[N]``; of equal ones, one of the values wins) and their sums."""
+    levels = [tree[0].at[index].set(priority)]
+    for level in tree[1:]:
+        index = index // WIDTH
+        children = levels[-1].reshape(-1, WIDTH)[index]
+        levels.append(level.at[index].set(children.sum(-1)))
+    return tuple(levels)
+
+
+def update_block(tree: Tree, start: jax.Array, size: int, priority: jax.Array) -> Tree:
+    """Set ``size`` (static) contiguous priorities from ``start`` to one value, and their sums."""
+    leaves = jax.lax.dynamic_update_slice(tree[0], jnp.full((size,), priority, jnp.float32), (start,))
+    levels = [leaves]
+    for level in tree[1:]:
+        # One node more than the block is wide: it may straddle a boundary. Clamping keeps the slice inside;
+        # a parent outside the block is recomputed to the value it had.
+        nodes = levels[-1].shape[0] // WIDTH
+        size = min(-(-size // WIDTH) + 1, nodes)
+        start = jnp.minimum(start // WIDTH, nodes - size)
+        children = jax.lax.dynamic_slice(levels[-1], (start * WIDTH,), (size * WIDTH,))
+        sums = children.reshape(-1, WIDTH).sum(-1)
+        levels.append(jax.lax.dynamic_update_slice(level, sums, (start,)))
+    return tuple(levels)
+
+
+def sample(key: jax.Array, tree: Tree, num: int) -> tuple[jax.Array, jax.Array]:
+    """Draw ``num`` items, one from each of ``num`` equal strata of the total, ``P(i) = p_i / Σ p``.
+
+    An item of priority 0 is never drawn while one above 0 exists: rounding may push the target past the last
+    child that has mass, so the descent picks the last child of positive mass at or before it.
+
+    Returns:
+        Indices int32 ``[num]`` and their priorities float32 ``[num]``.
+    """
+    strata = (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
+    target = strata * total(tree)
+    index, priority = jnp.zeros((num,), jnp.int32), jnp.broadcast_to(total(tree), (num,))
+    for level in reversed(tree[:-1]):
+        children = level.reshape(-1, WIDTH)[index]
+        ends = jnp.cumsum(children, axis=-1)
+        starts = ends - children
+        # The last child of positive mass whose interval has begun.
+        eligible = (children > 0) & ((starts <= target[:, None]) | (jnp.cumsum(children > 0, -1) == 1))
+        child = WIDTH - 1 - jnp.argmax(eligible[:, ::-1], axis=-1)
+        target = target - jnp.take_along_axis(starts, child[:, None], axis=-1)[:, 0]
+        # From the children at hand, not by a second gather from the leaves: nothing but this gather may read
+        # the leaves, or XLA copies them before their next update.
+        priority = jnp.take_along_axis(children, child[:, None], axis=-1)[:, 0]
+        index = index * WIDTH + child
+    return index, priority
+
+
+def _padded(n: int) -> int:
+    return -(-n // WIDTH) * WIDTH

@@ -1,0 +1,128 @@
+"""One rollout for every algorithm: a policy with a memory acts in vectorised environments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.types import Array, Environment, Key, Memory, Metrics, Policy, PyTree, Transition
+
+
+class RolloutState(NamedTuple):
+    """What a rollout carries from one unroll to the next, over ``B`` environments.
+
+    ``memory`` is the policy's, ``episode_return`` and ``episode_length`` are those of the episodes under way
+    (float32 and int32 ``[B]``).
+    """
+
+    env_state: PyTree
+    obs: PyTree
+    memory: Memory
+    episode_return: Array
+    episode_length: Array
+
+
+def start(key: Key, env: Environment, env_params: PyTree, num_envs: int, memory: Memory = ()) -> RolloutState:
+    """Reset ``env`` (vectorised over ``num_envs``) and return the state of a rollout not yet begun.
+
+    Args:
+        key: consumed by the reset.
+        env: an environment from :func:`jrl.envs.vectorize`.
+        env_params: its parameters.
+        num_envs: ``B``.
+        memory: the policy's memory at the start of an episode, leaves ``[B, ...]``.
+    """
+    env_state, obs = env.reset(key, env_params)
+    return RolloutState(
+        env_state, obs, memory, jnp.zeros((num_envs,), jnp.float32), jnp.zeros((num_envs,), jnp.int32)
+    )
+
+
+def unroll(
+    key: Key, env: Environment, env_params: PyTree, policy: Policy, state: RolloutState, length: int
+) -> tuple[RolloutState, Transition, Metrics]:
+    """Act for ``length`` steps in every environment.
+
+    The memory goes back to its initial value where an episode ended, so that the policy starts the next one
+    as it started the first.
+
+    Args:
+        key: consumed; all keys of the unroll are drawn from it at once, which is cheaper than a split a step.
+        env: vectorised over ``B`` environments.
+        env_params: its parameters.
+        policy: what acts; its ``extras`` are recorded.
+        state: where the rollout stands.
+        length: ``T``, static.
+
+    Returns:
+        The new state, the transitions ``[T, B, ...]``, and the :func:`episode_metrics` of these steps.
+    """
+    step_keys = jax.random.split(key, (length, 2))
+
+    def body(state: RolloutState, keys: Key) -> tuple[RolloutState, tuple[Transition, Array, Array]]:
+        action, memory, extras = policy(keys[0], state.obs, state.memory)
+        env_state, time_step = env.step(keys[1], state.env_state, action, env_params)
+        ended = time_step.terminated | time_step.truncated
+        episode_return = state.episode_return + time_step.reward
+        episode_length = state.episode_length + 1
+        transition = Transition(
+            state.obs,
+            action,
+            time_step.reward,
+            time_step.terminated,
+            time_step.truncated,
+            time_step.next_obs,
+            extras,
+        )
+        state = RolloutState(
+            env_state,
+            time_step.obs,
+            _reset_memory(policy, memory, ended),
+            jnp.where(ended, 0.0, episode_return),
+            jnp.where(ended, 0, episode_length),
+        )
+        return state, (transition, episode_return, episode_length)
+
+    state, (transitions, episode_return, episode_length) = jax.lax.scan(body, state, step_keys)
+    ended = transitions.terminated | transitions.truncated
+    return state, transitions, episode_metrics(ended, episode_return, episode_length)
+
+
+def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) -> Metrics:
+    """Reduce the episodes that ended to scalars, all of them finite.
+
+    Args:
+        ended: bool ``[T, B]``.
+        episode_return: float32 ``[T, B]``, sum of rewards of the episode so far, this step included.
+        episode_length: int32 ``[T, B]``, likewise.
+
+    Returns:
+        ``num_episodes``; ``episode_return``, ``episode_length`` (means over the episodes that ended),
+        ``episode_return_min`` and ``episode_return_max``, all 0 where none ended: weigh them by
+        ``num_episodes``, as :func:`jrl.training.summarize` does.
+    """
+    count = ended.sum().astype(jnp.float32)
+    any_ended = count > 0
+
+    def mean(x: Array) -> Array:
+        return jnp.where(ended, x, 0).sum().astype(jnp.float32) / jnp.maximum(count, 1.0)
+
+    return {
+        "num_episodes": count,
+        "episode_return": mean(episode_return),
+        "episode_length": mean(episode_length),
+        "episode_return_min": jnp.where(any_ended, jnp.where(ended, episode_return, jnp.inf).min(), 0.0),
+        "episode_return_max": jnp.where(any_ended, jnp.where(ended, episode_return, -jnp.inf).max(), 0.0),
+    }
+
+
+def _reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:
+    if not jax.tree.leaves(memory):
+        return memory
+
+    def select(initial: Array, current: Array) -> Array:
+        return jnp.where(ended.reshape(ended.shape + (1,) * (current.ndim - ended.ndim)), initial, current)
+
+    return jax.tree.map(select, policy.init_memory(ended.shape), memory)

@@ -1,0 +1,113 @@
+"""Every algorithm and each of its static choices, at toy size. A new algorithm adds its cases here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+import jrl
+from jrl import dqn, ppo
+from jrl.envs import action_mask, from_functions
+from jrl.types import Environment, MultiDiscrete
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One algorithm with one Config on one environment."""
+
+    name: str
+    module: Any
+    env: str
+    config: Any
+
+    def make(self) -> jrl.Algorithm:
+        return self.module.make(environment(self.env), self.config)
+
+
+@functools.cache
+def environment(name: str) -> Environment:
+    match name:
+        case "masked":
+            # Only action 1 is allowed left of the middle.
+            return action_mask(
+                jrl.make("CartPole-v1"), lambda obs, params: jnp.stack([obs[0] > 0.0, jnp.bool_(True)])
+            )
+        case "multi-discrete":
+            return multi_discrete()
+        case "pixels":
+            return pixels()
+    return jrl.make(name)
+
+
+def multi_discrete() -> Environment:
+    """Reward 1 for each of two choices that equals its half of the observation."""
+
+    def observe(key):
+        import jax
+
+        return jax.random.bernoulli(key, 0.5, (2,)).astype(jnp.float32)
+
+    def reset(key, params):
+        obs = observe(key)
+        return obs, obs
+
+    def transition(key, state, action, params):
+        import jax
+
+        reward = (action == state.astype(jnp.int32)).sum()
+        obs = observe(key)
+        return obs, obs, reward, jax.random.bernoulli(key, 0.2), False
+
+    return from_functions(reset, transition, (), MultiDiscrete((2, 3)), "two choices")
+
+
+def pixels() -> Environment:
+    """A 4×4×1 uint8 image with one bright column; reward 1 for naming its half. Episodes of 5 steps."""
+    import jax
+
+    def draw(key):
+        column = jax.random.randint(key, (), 0, 4)
+        return column, (255 * (jnp.arange(4) == column)[None, :, None] * jnp.ones((4, 4, 1))).astype(jnp.uint8)
+
+    def reset(key, params):
+        column, obs = draw(key)
+        return (column, 0), obs
+
+    def transition(key, state, action, params):
+        column, time = state
+        reward = (action == column // 2).astype(jnp.float32)
+        column, obs = draw(key)
+        return (column, time + 1), obs, reward, False, time + 1 >= params["limit"]
+
+    return from_functions(reset, transition, {"limit": 5}, jrl.Discrete(2), "pixels")
+
+
+def _ppo(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
+    sizes = dict(num_envs=4, unroll_length=8, num_epochs=2, num_minibatches=2, hidden_sizes=(8,))
+    return Case(f"ppo-{name}", ppo, env, ppo.Config(**sizes | choices))
+
+
+def _dqn(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
+    sizes = dict(num_envs=4, batch_size=8, capacity=64, warmup_env_steps=32, hidden_sizes=(8,))
+    return Case(f"dqn-{name}", dqn, env, dqn.Config(**sizes | choices))
+
+
+CASES = [
+    _ppo("discrete"),
+    _ppo("multi-discrete", "multi-discrete", shared_torso=True),
+    _ppo("continuous", "Pendulum-v1", normalize_observations=True, normalize_rewards=True),
+    _ppo("cnn", "pixels", channels=(2,), num_epochs=1),
+    _ppo("masked", "masked", normalize_observations=True, layer_norm=True),
+    _ppo("target-kl", stop_at_target_kl=True, clip_value=False, standardize_advantages=False),
+    _dqn("double"),
+    _dqn("plain", double=False, huber=True, dueling=True, layer_norm=True),
+    _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
+    _dqn("n-step", n_step=3, unroll_length=4),
+    _dqn("prioritized", prioritized=True, num_updates=2),
+    _dqn("rainbow-like", prioritized=True, n_step=3, dueling=True),
+    _dqn("cnn", "pixels", channels=(2,)),
+    _dqn("masked", "masked"),
+]

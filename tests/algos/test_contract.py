@@ -1,0 +1,210 @@
+"""The contract every algorithm keeps, for each of its static choices."""
+
+from __future__ import annotations
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jrl
+from jrl import checkpoint
+
+pytestmark = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+
+
+class Compiled:
+    """One algorithm with its jitted functions, the times each was traced, and a state two steps on."""
+
+    def __init__(self, case):
+        self.algo = case.make()
+        self.hparams = jax.tree.map(jnp.float32, case.module.HParams(env=cases.environment(case.env).params))
+        # The environment's parameters keep their own dtypes.
+        self.hparams = self.hparams.replace(
+            env=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), cases.environment(case.env).params)
+        )
+        self.traces = {"init": 0, "step": 0}
+
+        def counted(name, function):
+            def run(*arguments):
+                self.traces[name] += 1
+                return function(*arguments)
+
+            return jax.jit(run)
+
+        self.init = counted("init", self.algo.init)
+        self.step = counted("step", self.algo.step)
+        self.start = self.init(jax.random.key(0), self.hparams)
+        self.first, self.first_metrics = self.step(self.start, self.hparams)
+        self.second, self.second_metrics = self.step(self.first, self.hparams)
+
+
+@functools.cache
+def compiled(case):
+    return Compiled(case)
+
+
+@pytest.fixture
+def kernel(case):
+    return compiled(case)
+
+
+def raw(tree):
+    """The tree with typed keys as their data, as NumPy arrays."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf),
+        tree,
+    )
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, raw(a), raw(b))
+
+
+def assert_close(a, b, rtol):
+    def close(x, y):
+        scale = np.abs(x).max() if x.size and x.dtype.kind == "f" else 0
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(scale, 1e-3))
+
+    jax.tree.map(close, raw(a), raw(b))
+
+
+def test_step_keeps_structure_shapes_dtypes_and_weak_types(kernel):
+    def spec(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.aval.weak_type), tree)
+
+    assert spec(kernel.start) == spec(kernel.first) == spec(kernel.second)
+    weak = [leaf for leaf in jax.tree.leaves(kernel.start) if leaf.aval.weak_type]
+    assert not weak
+
+
+def test_nothing_retraces_for_new_states_or_new_numbers(kernel, case):
+    before = dict(kernel.traces)
+    leaves, structure = jax.tree.flatten(kernel.hparams)
+    for i, leaf in enumerate(leaves):
+        changed = jax.tree.unflatten(structure, [*leaves[:i], leaf + jnp.ones_like(leaf), *leaves[i + 1 :]])
+        kernel.init(jax.random.key(1), changed)
+        kernel.step(kernel.start, changed)
+    assert kernel.traces == before == {"init": 1, "step": 1}
+
+
+def test_same_key_same_run_and_other_key_other_run(kernel):
+    again = kernel.init(jax.random.key(0), kernel.hparams)
+    assert_equal(again, kernel.start)
+    assert_equal(kernel.step(again, kernel.hparams), (kernel.first, kernel.first_metrics))
+
+    other = kernel.init(jax.random.key(1), kernel.hparams)
+    other_after, _ = kernel.step(other, kernel.hparams)
+    for a, b in ((other.params, kernel.start.params), (other_after.params, kernel.first.params)):
+        kernels = [(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.ndim > 1]
+        assert all((x != y).any() for x, y in kernels)
+    trajectories = [jax.tree.leaves(state.rollout.obs)[0] for state in (other_after, kernel.first)]
+    assert (trajectories[0] != trajectories[1]).any()
+
+
+def test_members_of_a_batch_differ_and_equal_the_same_runs_alone(kernel):
+    keys = jax.random.split(jax.random.key(3), 2)
+    batched = jax.jit(jax.vmap(kernel.algo.init, (0, None)))(keys, kernel.hparams)
+    batched, metrics = jax.jit(jax.vmap(kernel.algo.step, (0, None)))(batched, kernel.hparams)
+    for i in range(2):
+        alone, alone_metrics = kernel.step(kernel.init(keys[i], kernel.hparams), kernel.hparams)
+        member = jax.tree.map(lambda leaf: leaf[i], (batched.params, metrics))  # noqa: B023
+        # A batched product sums in another order; the first step of Adam divides by a gradient near 0.
+        assert_close(member, (alone.params, alone_metrics), rtol=2e-3)
+
+
+def test_jitted_equals_not_jitted(kernel):
+    # Op by op, outside of one fused program.
+    eager = kernel.algo.step(kernel.start, kernel.hparams)
+    assert_close((eager[0].params, eager[1]), (kernel.first.params, kernel.first_metrics), rtol=2e-3)
+
+
+def test_save_restore_continue_equals_continue(kernel, tmp_path):
+    checkpoint.save(tmp_path, kernel.first, step=1)
+    like = jax.eval_shape(kernel.algo.init, jax.random.key(0), kernel.hparams)
+    restored = checkpoint.restore(tmp_path, like=like)
+    assert_equal(restored, kernel.first)
+    before = kernel.traces["step"]
+    assert_equal(kernel.step(restored, kernel.hparams), (kernel.second, kernel.second_metrics))
+    assert kernel.traces["step"] == before
+
+
+def test_train_is_step_repeated_and_works_inside_jit(kernel):
+    state, metrics = jax.jit(lambda state: jrl.train(kernel.algo, state, kernel.hparams, num_steps=2))(kernel.start)
+    assert {leaf.shape for leaf in metrics.values()} == {(2,)}
+    assert_close(state.params, kernel.second.params, rtol=2e-3)
+    np.testing.assert_array_equal(np.asarray(state.env_steps), np.asarray(kernel.second.env_steps))
+
+
+def test_metrics_are_finite_scalars_with_the_same_names(kernel):
+    assert kernel.first_metrics.keys() == kernel.second_metrics.keys()
+    assert {"num_episodes", "episode_return", "episode_length", "loss"} <= kernel.first_metrics.keys()
+    for name, value in (kernel.first_metrics | kernel.second_metrics).items():
+        assert value.shape == (), name
+        assert np.isfinite(value), name
+
+
+def test_env_steps_are_counted(kernel):
+    counts = [jrl.ops.counter.to_int(state.env_steps) for state in (kernel.start, kernel.first, kernel.second)]
+    assert np.diff(counts).tolist() == [kernel.algo.env_steps_per_step] * 2
+
+
+def test_no_key_is_used_twice_and_no_tracer_leaks(kernel, case):
+    algo = case.make()
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+        jax.jit(algo.init).lower(jax.random.key(0), kernel.hparams)
+        jax.jit(algo.step).lower(kernel.start, kernel.hparams)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
+    env = cases.environment(case.env)
+    policy = kernel.algo.policy(kernel.second, greedy=greedy)
+    obs = jax.tree.map(lambda leaf: leaf[0], kernel.second.rollout.obs)
+    for shape in ((), (3,), (2, 5)):
+        batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), obs)  # noqa: B023
+        action, memory, _ = policy(jax.random.key(0), batch, policy.init_memory(shape))
+        again, _, _ = policy(jax.random.key(0), batch, policy.init_memory(shape))
+        np.testing.assert_array_equal(action, again)
+        example = jax.eval_shape(env.action.sample, jax.random.key(0))
+        assert action.shape == (*shape, *example.shape)
+        assert action.dtype == example.dtype
+        assert memory == ()
+    if greedy:
+        other, _, _ = policy(jax.random.key(1), batch, ())
+        np.testing.assert_array_equal(action, other)
+
+
+def test_policy_is_what_evaluate_takes(kernel, case):
+    env = cases.environment(case.env)
+    stats = jrl.evaluate(jax.random.key(5), env, kernel.algo.policy(kernel.second), num_episodes=3, max_steps=10)
+    assert stats.episode_return.shape == stats.episode_length.shape == stats.completed.shape == (3,)
+    assert np.isfinite(stats.episode_return).all()
+
+
+def test_eight_devices_equal_one(kernel):
+    """Members spread over a mesh of eight devices are those of a mesh of one, which runs them in turn."""
+
+    def run(devices):
+        mesh = Mesh(np.array(devices), ("members",))
+        members = PartitionSpec("members")
+        keys = jax.device_put(jax.random.split(jax.random.key(4), 8), NamedSharding(mesh, members))
+
+        def one(key):
+            return kernel.algo.step(kernel.algo.init(key, kernel.hparams), kernel.hparams)
+
+        in_turn = jax.shard_map(
+            lambda keys: jax.lax.map(one, keys), mesh=mesh, in_specs=members, out_specs=members, check_vma=False
+        )
+        return jax.jit(in_turn)(keys)
+
+    assert jax.device_count() >= 8
+    assert_close(run(jax.devices()[:8]), run(jax.devices()[:1]), rtol=2e-3)

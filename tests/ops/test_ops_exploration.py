@@ -1,0 +1,98 @@
+"""Exploration: the frequencies the equations ask for, masks, ties and the extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import ops
+
+ROWS = 20_000
+Q = jnp.array([0.5, 2.0, -1.0, 2.5, 0.0])
+MASK = jnp.array([True, True, False, False, True])
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def repeated(x, *batch):
+    return jnp.broadcast_to(x, (*batch, *x.shape))
+
+
+def frequencies_match(action, probability):
+    counts, expected = np.bincount(action, minlength=len(probability)), ROWS * np.asarray(probability)
+    possible = expected > 0
+    assert np.all(counts[~possible] == 0)
+    statistic = np.sum((counts - expected)[possible] ** 2 / expected[possible])
+    degrees = max(possible.sum() - 1, 1)
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_epsilon_greedy_frequencies(epsilon, mask):
+    rows = None if mask is None else repeated(mask, ROWS)
+    action = jax.jit(ops.epsilon_greedy)(jax.random.key(0), repeated(Q, ROWS), epsilon, rows)
+    assert action.shape == (ROWS,)
+    assert action.dtype == jnp.int32
+    allowed = np.ones(5, bool) if mask is None else np.asarray(mask)
+    probability = epsilon * allowed / allowed.sum()
+    probability[3 if mask is None else 1] += 1 - epsilon
+    frequencies_match(action, probability)
+
+
+def test_epsilon_per_row_and_any_batch_shape():
+    q, epsilon = repeated(Q, 2, 500), jnp.stack([jnp.zeros(500), jnp.ones(500)])
+    explore = jax.jit(ops.epsilon_greedy)
+    action = explore(jax.random.key(0), q, epsilon)
+    np.testing.assert_array_equal(action[0], 3)
+    assert set(np.unique(action[1])) == set(range(5))
+    assert explore(jax.random.key(0), Q, 0.0).shape == ()
+
+
+def test_ties_take_the_first_and_a_row_that_allows_nothing_allows_everything():
+    explore, key, q = jax.jit(ops.epsilon_greedy), jax.random.key(0), jnp.array([1.0, 3.0, 3.0])
+    assert explore(key, q, 0.0) == 1
+    rows, nothing = repeated(q, 500), jnp.zeros((500, 3), bool)
+    np.testing.assert_array_equal(explore(key, rows, 0.0, nothing), 1)
+    assert set(np.unique(explore(key, rows, 1.0, nothing))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_boltzmann_frequencies(mask):
+    rows = None if mask is None else repeated(mask, ROWS)
+    action = jax.jit(ops.boltzmann)(jax.random.key(1), repeated(Q, ROWS), 0.7, rows)
+    assert action.dtype == jnp.int32
+    weight = np.exp(np.asarray(Q, np.float64) / 0.7) * (1 if mask is None else np.asarray(mask))
+    frequencies_match(action, weight / weight.sum())
+
+
+def test_boltzmann_at_the_extremes():
+    q = repeated(jnp.array([1.0, 3.0, 3.0]), ROWS)
+    for cold in (0.0, 1e-30):
+        frequencies_match(ops.boltzmann(jax.random.key(2), q, cold), [0.0, 0.5, 0.5])
+    frequencies_match(ops.boltzmann(jax.random.key(2), q, 1e9), [1 / 3] * 3)
+    masked = ops.boltzmann(jax.random.key(2), q, 0.0, jnp.zeros(q.shape, bool).at[:, 0].set(True))
+    np.testing.assert_array_equal(masked, 0)
+
+
+@pytest.mark.parametrize("explore", [ops.epsilon_greedy, ops.boltzmann])
+def test_vmapped_equals_looped(explore):
+    q, keys = repeated(Q, 3, 50), jax.random.split(jax.random.key(3), 3)
+    numbers = jnp.array([0.1, 0.5, 0.9])
+    explore = jax.jit(explore)
+    together = jax.jit(jax.vmap(explore))(keys, q, numbers)
+    for i in range(3):
+        np.testing.assert_array_equal(together[i], explore(keys[i], q[i], numbers[i]))
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(AssertionError, match="mask must be bool"):
+        ops.epsilon_greedy(jax.random.key(0), Q, 0.1, jnp.ones(5))
+    with pytest.raises(AssertionError, match=r"q \[5\], mask \[4\]"):
+        ops.epsilon_greedy(jax.random.key(0), Q, 0.1, jnp.ones(4, bool))
+    with pytest.raises(AssertionError, match="q must be floating"):
+        ops.epsilon_greedy(jax.random.key(0), jnp.arange(3), 0.1)
