@@ -22,10 +22,10 @@ from jrl import xla
 
 xla.configure()
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-import jrl  # noqa: E402
+import jrl
 
 RESULTS = Path(__file__).parent / "results"
 CURVE_POINTS = 50
@@ -47,6 +47,33 @@ class Row:
 ROWS = {
     "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
     "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
+    "ppo-mountaincar-continuous": Row(
+        "ppo",
+        "MountainCarContinuous-v0",
+        100_000,
+        92.0,
+        {
+            "num_epochs": 10,
+            "num_minibatches": 8,
+            "normalize_observations": True,
+            "normalize_rewards": True,
+        },
+        {"gamma": 0.999, "entropy_coef": 0.0},
+    ),
+    "ppo-breakout-minatar": Row(
+        "ppo",
+        "Breakout-MinAtar",
+        10_000_000,
+        45.0,
+        {
+            "num_envs": 64,
+            "num_minibatches": 8,
+            "activation": "relu",
+            "hidden_sizes": (64,),
+            "shared_torso": True,
+        },
+        {"learning_rate": 5e-3, "anneal_env_steps": 1e7},
+    ),
 }
 
 
@@ -71,19 +98,19 @@ def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:
     env = jrl.make(row.env)
     algo = module.make(env, module.Config(**row.config))
     hparams = jax.tree.map(np.float32, module.HParams(**row.hparams))
-    init = jax.jit(algo.init)
+    init = jax.jit(algo.init).lower(jax.random.key(0), hparams).compile()
+    state = init(jax.random.key(0), hparams)
+    num_steps = -(-(row.env_steps - jrl.ops.counter.to_int(state.env_steps)) // algo.env_steps_per_step)
+    chunk = -(-num_steps // CURVE_POINTS)
+    train = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=chunk), donate_argnums=0)
+    train = train.lower(state).compile()
     records = []
     for seed in range(seeds):
         state = init(jax.random.key(seed), hparams)
-        warmup = jrl.ops.counter.to_int(state.env_steps)
-        num_steps = -(-(row.env_steps - warmup) // algo.env_steps_per_step)
-        chunk = -(-num_steps // CURVE_POINTS)
         curve, seconds = [], 0.0
-        train = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=chunk), donate_argnums=0)
-        compiled = train.lower(state).compile() if seed == 0 else compiled
         for _ in range(-(-num_steps // chunk)):
             start = time.perf_counter()
-            state, metrics = jax.block_until_ready(compiled(state))
+            state, metrics = jax.block_until_ready(train(state))
             seconds += time.perf_counter() - start
             summary = jrl.training.summarize(metrics)
             curve.append(

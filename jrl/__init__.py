@@ -47,7 +47,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Box": ("jrl.types", "Box"),
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> Any:

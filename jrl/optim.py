@@ -24,7 +24,7 @@ def adam(
         eps: Adam's ε; 1e-5 is what PPO's reference implementations use.
     """
     return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),  # type: ignore[arg-type]
+        optax.clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(eps=eps),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -177,8 +177,8 @@ def _evaluate(
         )
         return step + 1, played + (ended & (played < quota)), table, env_state, time_step.obs, memory
 
-    start = (jnp.int32(0), jnp.zeros((num_envs,), jnp.int32), table, env_state, obs)
-    start = (*start, policy.init_memory((num_envs,)))
+    played, memory = jnp.zeros((num_envs,), jnp.int32), policy.init_memory((num_envs,))
+    start = (jnp.int32(0), played, table, env_state, obs, memory)
     _, _, table, *_ = jax.lax.while_loop(unfinished, body, start)
     # Slots in use, in the order (episode of the environment, environment): exactly the first N.
     return jax.tree.map(lambda leaf: leaf.T.reshape(-1)[:num_episodes], table)

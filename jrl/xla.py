@@ -40,10 +40,11 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> list[str]:
     if not _pool_can_hang(environ):
         return []
     needed = _threads_needed(environ)
+    version = importlib.metadata.version("jaxlib")
     return [
-        f"XLA's CPU pool has {_pool_size(environ)} threads, and jaxlib {importlib.metadata.version('jaxlib')} can hang with fewer than "
-        f"{needed} when a program is vmapped: set NPROC={needed} in the environment before jax is imported "
-        "(the jrl command does), or use jaxlib 0.11 (Python 3.12)."
+        f"XLA's CPU pool has {_pool_size(environ)} threads, and jaxlib {version} can hang with fewer than {needed} "
+        f"when a program is vmapped: set NPROC={needed} in the environment before jax is imported (the jrl "
+        "command does), or use jaxlib 0.11 (Python 3.12)."
     ]
 
 

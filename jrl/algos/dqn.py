@@ -146,7 +146,7 @@ class State:
     target_params: Params
     opt_state: PyTree
     rollout: rollout.RolloutState
-    replay: replay.UniformState | replay.PrioritizedState
+    replay: PyTree
     since_target: Array
     env_steps: Array
     key: Key
@@ -271,16 +271,19 @@ def make(
             state.params, sample, target, hparams
         )
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
-        state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        state = dataclasses.replace(
+            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
         if config.polyak:
-            state = state.replace(
-                target_params=optax.incremental_update(state.params, state.target_params, hparams.tau)
+            state = dataclasses.replace(
+                state, target_params=optax.incremental_update(state.params, state.target_params, hparams.tau)
             )
         if config.prioritized:
-            state = state.replace(
+            state = dataclasses.replace(
+                state,
                 replay=replay.prioritized.update_priorities(
-                    state.replay, sample.index, td_error, alpha=hparams.priority_exponent
-                )
+                    state.replay, sample.position, td_error, alpha=hparams.priority_exponent
+                ),
             )
         return state, {
             "loss": loss_value,
@@ -296,7 +299,9 @@ def make(
         target_params = jax.tree.map(
             lambda new, old: jnp.where(due, new, old), state.params, state.target_params
         )
-        return state.replace(target_params=target_params, since_target=jnp.where(due, 0.0, since))
+        return dataclasses.replace(
+            state, target_params=target_params, since_target=jnp.where(due, 0.0, since)
+        )
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
@@ -313,7 +318,8 @@ def make(
         rollout_state, transitions, episode_metrics = collect(
             unroll_key, behaviour, state.rollout, hparams, config.unroll_length
         )
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             rollout=rollout_state,
             replay=buffer.add(state.replay, transitions),
             env_steps=ops.counter.add(state.env_steps, block_steps),

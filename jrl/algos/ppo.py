@@ -285,7 +285,7 @@ def make(
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics["learning_rate"] = learning_rate
         metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target)
-        return state.replace(params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
@@ -304,7 +304,8 @@ def make(
         if config.normalize_observations:
             # Only now: the batch's ratios start at 1 because its statistics are those it was collected with.
             statistics = normalize.update_statistics(statistics, transitions.obs)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             rollout=rollout_state,
             observation_statistics=statistics,
             reward_scaling=reward_scaling,

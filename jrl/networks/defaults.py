@@ -87,7 +87,7 @@ def _torso(
                 f"channels={tuple(config.channels)} on images {leaves[0].shape}: each 3×3 convolution takes 2 off "
                 f"height and width, so both must be at least {smallest}; use fewer layers or torso='mlp'."
             )
-        torso = functools.partial(
+        torso: Callable[[], nn.Module] = functools.partial(
             CNN,
             tuple(config.channels),
             hidden_sizes=tuple(config.hidden_sizes),

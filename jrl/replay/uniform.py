@@ -34,7 +34,7 @@ class Sample(NamedTuple):
         terminated: bool ``[N]``, whether the window's last step terminated.
         next_obs: the true successor of the window's last step, ``[N, ...]``.
         weight: importance weight, float32 ``[N]`` (1 for uniform sampling).
-        index: int32 ``[N]``, position of the window's start in the ring.
+        position: int32 ``[N]``, where in the ring the window starts.
     """
 
     obs: PyTree
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
     terminated: Array
     next_obs: PyTree
     weight: Array
-    index: Array
+    position: Array
 
 
 def num_rows(capacity: int, num_envs: int, block_length: int) -> int:
@@ -131,5 +131,5 @@ def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Arr
         terminated=terminated,
         next_obs=jax.tree.map(lambda leaf: leaf[last], storage.next_obs),
         weight=weight,
-        index=index,
+        position=index,
     )

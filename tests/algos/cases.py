@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import jrl
@@ -46,8 +47,6 @@ def multi_discrete() -> Environment:
     """Reward 1 for each of two choices that equals its half of the observation."""
 
     def observe(key):
-        import jax
-
         return jax.random.bernoulli(key, 0.5, (2,)).astype(jnp.float32)
 
     def reset(key, params):
@@ -55,22 +54,22 @@ def multi_discrete() -> Environment:
         return obs, obs
 
     def transition(key, state, action, params):
-        import jax
-
+        observe_key, end_key = jax.random.split(key)
         reward = (action == state.astype(jnp.int32)).sum()
-        obs = observe(key)
-        return obs, obs, reward, jax.random.bernoulli(key, 0.2), False
+        obs = observe(observe_key)
+        return obs, obs, reward, jax.random.bernoulli(end_key, 0.2), False
 
     return from_functions(reset, transition, (), MultiDiscrete((2, 3)), "two choices")
 
 
 def pixels() -> Environment:
     """A 4×4×1 uint8 image with one bright column; reward 1 for naming its half. Episodes of 5 steps."""
-    import jax
 
     def draw(key):
         column = jax.random.randint(key, (), 0, 4)
-        return column, (255 * (jnp.arange(4) == column)[None, :, None] * jnp.ones((4, 4, 1))).astype(jnp.uint8)
+        return column, (255 * (jnp.arange(4) == column)[None, :, None] * jnp.ones((4, 4, 1))).astype(
+            jnp.uint8
+        )
 
     def reset(key, params):
         column, obs = draw(key)
@@ -86,12 +85,12 @@ def pixels() -> Environment:
 
 
 def _ppo(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
-    sizes = dict(num_envs=4, unroll_length=8, num_epochs=2, num_minibatches=2, hidden_sizes=(8,))
+    sizes = {"num_envs": 4, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
     return Case(f"ppo-{name}", ppo, env, ppo.Config(**sizes | choices))
 
 
 def _dqn(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
-    sizes = dict(num_envs=4, batch_size=8, capacity=64, warmup_env_steps=32, hidden_sizes=(8,))
+    sizes = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
     return Case(f"dqn-{name}", dqn, env, dqn.Config(**sizes | choices))
 
 

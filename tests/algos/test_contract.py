@@ -25,7 +25,9 @@ class Compiled:
         self.hparams = jax.tree.map(jnp.float32, case.module.HParams(env=cases.environment(case.env).params))
         # The environment's parameters keep their own dtypes.
         self.hparams = self.hparams.replace(
-            env=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), cases.environment(case.env).params)
+            env=jax.tree.map(
+                lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), cases.environment(case.env).params
+            )
         )
         self.traces = {"init": 0, "step": 0}
 
@@ -138,7 +140,9 @@ def test_save_restore_continue_equals_continue(kernel, tmp_path):
 
 
 def test_train_is_step_repeated_and_works_inside_jit(kernel):
-    state, metrics = jax.jit(lambda state: jrl.train(kernel.algo, state, kernel.hparams, num_steps=2))(kernel.start)
+    state, metrics = jax.jit(lambda state: jrl.train(kernel.algo, state, kernel.hparams, num_steps=2))(
+        kernel.start
+    )
     assert {leaf.shape for leaf in metrics.values()} == {(2,)}
     assert_close(state.params, kernel.second.params, rtol=2e-3)
     np.testing.assert_array_equal(np.asarray(state.env_steps), np.asarray(kernel.second.env_steps))
@@ -153,7 +157,9 @@ def test_metrics_are_finite_scalars_with_the_same_names(kernel):
 
 
 def test_env_steps_are_counted(kernel):
-    counts = [jrl.ops.counter.to_int(state.env_steps) for state in (kernel.start, kernel.first, kernel.second)]
+    counts = [
+        jrl.ops.counter.to_int(state.env_steps) for state in (kernel.start, kernel.first, kernel.second)
+    ]
     assert np.diff(counts).tolist() == [kernel.algo.env_steps_per_step] * 2
 
 
@@ -185,7 +191,9 @@ def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
 
 def test_policy_is_what_evaluate_takes(kernel, case):
     env = cases.environment(case.env)
-    stats = jrl.evaluate(jax.random.key(5), env, kernel.algo.policy(kernel.second), num_episodes=3, max_steps=10)
+    stats = jrl.evaluate(
+        jax.random.key(5), env, kernel.algo.policy(kernel.second), num_episodes=3, max_steps=10
+    )
     assert stats.episode_return.shape == stats.episode_length.shape == stats.completed.shape == (3,)
     assert np.isfinite(stats.episode_return).all()
 
@@ -202,7 +210,11 @@ def test_eight_devices_equal_one(kernel):
             return kernel.algo.step(kernel.algo.init(key, kernel.hparams), kernel.hparams)
 
         in_turn = jax.shard_map(
-            lambda keys: jax.lax.map(one, keys), mesh=mesh, in_specs=members, out_specs=members, check_vma=False
+            lambda keys: jax.lax.map(one, keys),
+            mesh=mesh,
+            in_specs=members,
+            out_specs=members,
+            check_vma=False,
         )
         return jax.jit(in_turn)(keys)
 

@@ -1,0 +1,359 @@
+"""Checkpoints: a whole training state on disk, written atomically, read back path by path.
+
+A folder of checkpoints holds one sub-folder for each saved step::
+
+    checkpoints/000000000512/metadata.json   what was saved: every leaf, the size and CRC-32 of every file
+    checkpoints/000000000512/arrays/         the leaves, written by orbax as one flat dictionary
+
+A checkpoint is written under a hidden name, flushed to the disk and then renamed. So a folder with a step's
+name is always a complete one, whenever the process may have been killed. There is no pickle anywhere:
+reading a checkpoint runs no code from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl.records import CheckpointError, CorruptCheckpointError, write_json
+from jrl.types import PyTree
+
+FORMAT = "jrl-checkpoint-1"
+_METADATA = "metadata.json"
+_ARRAYS = "arrays"
+_NUM_NAMED = 5  # differing leaves named in a message
+
+
+class Snapshot(NamedTuple):
+    """A copy of a state in host memory, which survives the donation of the state to the next computation.
+
+    Attributes:
+        arrays: leaf path -> NumPy array (a key's ``key_data``).
+        leaves: for each leaf its ``path``, ``shape``, ``dtype`` and, for keys, ``key_impl``.
+    """
+
+    arrays: dict[str, np.ndarray]
+    leaves: list[dict[str, Any]]
+
+
+def snapshot(state: PyTree) -> Snapshot:
+    """Copy every leaf of ``state`` to host memory; waits until they are computed."""
+    arrays, leaves = {}, []
+    for path, leaf in _leaves_with_paths(state):
+        description = _describe(leaf)
+        if _is_key(leaf):
+            description["key_impl"] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[path] = np.array(leaf)  # a copy: np.asarray would alias a buffer that is donated later
+        leaves.append({"path": path, **description})
+    return Snapshot(arrays, leaves)
+
+
+def save(
+    folder: str | os.PathLike,
+    state: PyTree,
+    step: int,
+    *,
+    metadata: dict[str, Any] | None = None,
+    keep: int | None = 3,
+) -> Path:
+    """Write ``state`` as the checkpoint ``step`` of ``folder``, atomically and synchronously.
+
+    Args:
+        folder: made if it does not exist; one process at a time may write to it.
+        state: any pytree of arrays and typed keys, or a :func:`snapshot` of one.
+        step: the number it is saved under, 0 or more; an earlier checkpoint of the same number is replaced.
+        metadata: JSON values to keep beside it, see :func:`metadata`.
+        keep: how many of the newest checkpoints stay; None keeps all.
+
+    Returns:
+        The folder of this checkpoint.
+
+    Raises:
+        ValueError: ``step < 0`` or ``keep < 1``.
+        OSError: the disk is full or the folder cannot be written to; what was saved before is still there.
+    """
+    if step < 0:
+        raise ValueError(f"step={step}: a checkpoint is saved under a number that is 0 or more.")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep}: at least one checkpoint must stay; pass keep=None to keep all.")
+    held = state if isinstance(state, Snapshot) else snapshot(state)
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+
+    unfinished = folder / f".saving-{step}-{os.getpid()}"
+    unfinished.mkdir()
+    # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
+    arrays = {path: array for path, array in held.arrays.items() if array.size}
+    if arrays:
+        with _quiet_orbax() as checkpointer:
+            checkpointer.save(unfinished / _ARRAYS, arrays)
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "metadata": metadata or {},
+        "leaves": held.leaves,
+        "files": _checksums(unfinished),
+    }
+    write_json(unfinished / _METADATA, record)
+    for file in _files(unfinished):
+        _flush(file)
+
+    final = _path(folder, step)
+    if final.exists():
+        _discard(final)
+    unfinished.rename(final)
+    _flush(folder)
+    if keep is not None:
+        for old in steps(folder)[:-keep]:
+            if old != step:
+                _discard(_path(folder, old))
+    return final
+
+
+def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) -> PyTree:
+    """Read a state back, bit for bit.
+
+    Args:
+        folder: what :func:`save` was given.
+        like: a pytree of the same structure, concrete or abstract (``jax.eval_shape(algo.init, ...)``); its
+            values are not looked at.
+        step: which checkpoint; the newest one by default.
+
+    Returns:
+        A pytree of the structure of ``like``, its leaves on the default device and strongly typed.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is corrupt, something other than jrl wrote it, or a
+            leaf is missing, unexpected, or of another shape or dtype; the message names the first ones.
+    """
+    path, record = _verified(folder, step)
+    wanted = [(name, _describe(leaf)) for name, leaf in _leaves_with_paths(like)]
+    saved = {leaf["path"]: leaf for leaf in record["leaves"]}
+    _compare(path, saved, dict(wanted))
+
+    arrays: dict[str, np.ndarray] = {}
+    if any(0 not in leaf["shape"] for leaf in saved.values()):
+        try:
+            with _quiet_orbax() as checkpointer:
+                arrays = checkpointer.restore(path / _ARRAYS)
+        except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore raise on a bad store
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise CorruptCheckpointError(
+                _corrupt(path, f"its arrays cannot be read ({first_line})")
+            ) from error
+    leaves = [_load(saved[name], arrays) for name, _ in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def metadata(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+    """Return what :func:`save` was given as ``metadata``; the arrays are not looked at.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its record cannot be read.
+    """
+    return _record(folder, step)[1]["metadata"]
+
+
+def steps(folder: str | os.PathLike) -> list[int]:
+    """Return the numbers of all complete checkpoints, ascending; intact or not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def latest_step(folder: str | os.PathLike) -> int | None:
+    """Return the number of the newest complete checkpoint, or None."""
+    return max(steps(folder), default=None)
+
+
+def verify(folder: str | os.PathLike, step: int) -> None:
+    """Compare every file of a checkpoint with its checksum.
+
+    Raises:
+        CheckpointError: it is missing, corrupt, or not written by jrl.
+    """
+    _verified(folder, step)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Delete what a process that was killed in the middle of a save, or of a clean-up, left behind."""
+    for entry in Path(folder).glob(".*"):
+        if entry.name.startswith((".saving-", ".discarded-")):
+            shutil.rmtree(entry)
+
+
+# ------------------------------------------------------------------------------------------------ leaves
+
+
+def _leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
+    """Name each leaf, as in ``params/Dense_0/kernel``; with brackets where short names would collide."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    if len(set(names)) < len(names):
+        names = [jax.tree_util.keystr(path) for path, _ in flat]
+    return [(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    if not hasattr(leaf, "dtype"):
+        leaf = jnp.asarray(leaf)  # the dtype a Python number has inside a computation
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _load(leaf: dict[str, Any], arrays: dict[str, np.ndarray]) -> jax.Array:
+    impl = leaf.get("key_impl")
+    if 0 in leaf["shape"]:
+        if impl:
+            return jax.random.split(jax.random.key(0, impl=impl), tuple(leaf["shape"]))
+        return jnp.zeros(leaf["shape"], leaf["dtype"])
+    # A copy: on a CPU jax may otherwise alias NumPy's memory, and the driver donates these buffers.
+    array = jnp.array(arrays[leaf["path"]], copy=True)
+    return jax.random.wrap_key_data(array, impl=impl) if impl else array
+
+
+def _compare(path: Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
+    differences = [f"{name} is missing in the checkpoint" for name in wanted if name not in saved]
+    differences += [f"{name} is in the checkpoint only" for name in saved if name not in wanted]
+    for name in wanted:
+        for fact in ("shape", "dtype"):
+            if name in saved and saved[name][fact] != wanted[name][fact]:
+                there, here = saved[name][fact], wanted[name][fact]
+                differences.append(f"{name} has {fact} {there} in the checkpoint and {here} here")
+    if differences:
+        more = len(differences) - _NUM_NAMED
+        named = "; ".join(differences[:_NUM_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this state: {named}. "
+            "A checkpoint can only be restored into the algorithm, Config and environment it was saved from. "
+            "Build the algorithm as it was then (run.json of the run has the whole configuration), or start "
+            "a new run."
+        )
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def _path(folder: str | os.PathLike, step: int) -> Path:
+    return Path(folder).absolute() / f"{step:012d}"
+
+
+def _record(folder: str | os.PathLike, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the record of a checkpoint."""
+    available = steps(folder)
+    if step is None and not available:
+        raise CheckpointError(
+            f"{Path(folder).absolute()} holds no checkpoint. Checkpoints are sub-folders named by their "
+            "step; pass the folder that jrl.checkpoint.save was given (of a run: its checkpoints folder)."
+        )
+    path = _path(folder, available[-1] if step is None else step)
+    if step is not None and step not in available:
+        raise CheckpointError(
+            f"{path} does not exist. The checkpoints there are: {available}; pass one of them as step."
+        )
+    try:
+        record = json.loads((path / _METADATA).read_bytes())
+    except FileNotFoundError as error:
+        raise _foreign(path, f"it has no {_METADATA}") from error
+    except (ValueError, OSError) as error:
+        raise _corrupt(path, f"{_METADATA} cannot be read") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise _foreign(path, f"its {_METADATA} does not say {FORMAT!r}")
+    return path, record
+
+
+def _verified(folder: str | os.PathLike, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the record of a checkpoint whose files are all as they were written."""
+    path, record = _record(folder, step)
+    try:
+        found = _checksums(path)
+    except OSError as error:
+        raise _corrupt(path, str(error)) from error
+    for name, facts in record["files"].items():
+        if name not in found:
+            raise _corrupt(path, f"{name} is missing")
+        if found[name] != facts:
+            what = "its checksum differs" if found[name][0] == facts[0] else f"has {found[name][0]} bytes"
+            raise _corrupt(path, f"{name} was written with {facts[0]} bytes, now {what}")
+    return path, record
+
+
+def _corrupt(path: Path, what: str) -> CorruptCheckpointError:
+    others = [other for other in steps(path.parent) if other != int(path.name)]
+    fix = f"pass one of the others, step in {others}" if others else "there is no other one: start a new run"
+    return CorruptCheckpointError(
+        f"checkpoint {path} is corrupt: {what}. Every file must be as it was saved; {fix}."
+    )
+
+
+def _foreign(path: Path, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} is not a checkpoint of jrl: {what}. Only folders written by jrl.checkpoint.save can be "
+        "restored; pass one of those."
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Return the size and the CRC-32 of every file, by its path in ``folder``."""
+    sums = {}
+    for file in _files(folder):
+        if file.name == _METADATA and file.parent == folder:
+            continue
+        size = crc = 0
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+        sums[file.relative_to(folder).as_posix()] = [size, crc]
+    return sums
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk, safe from a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    # Renamed first: a kill in the middle of rmtree must not leave half a checkpoint under a step's name.
+    hidden = path.with_name(f".discarded-{path.name}-{os.getpid()}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[Any]:
+    """Open an orbax checkpointer, its informational log switched off; imported here because it is slow."""
+    log = logging.getLogger("absl")
+    level = log.level
+    import orbax.checkpoint as ocp
+
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)

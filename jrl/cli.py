@@ -1,0 +1,300 @@
+"""The ``jrl`` command. jax is imported by the commands that need it, after its settings are in place.
+
+Exit codes: 0 done; 2 bad input or a run folder or checkpoint that cannot be used; 3 NaN in training; 130
+interrupted (the run can be resumed).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jrl import __version__, xla
+from jrl.records import RunWarning
+
+HELP = """\
+usage: jrl COMMAND ...
+
+  train ALGORITHM --env ID   train, evaluate and plot; `jrl train ppo --help` lists every setting
+  resume RUN                 continue an interrupted run to its end; --env-steps extends it
+  eval RUN                   play episodes with a run's policy
+  plot RUN [RUN ...]         draw learning curves into one PNG
+  envs                       list environments
+  algos                      list algorithms
+  doctor                     versions, devices and settings, and what is wrong with them
+
+`jrl COMMAND --help` says more. --debug (or JRL_DEBUG=1) shows tracebacks; --version the version.
+JRL_COMPILATION_CACHE=off switches off the cache of compiled programs, =FOLDER moves it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; errors of input become one line on standard error."""
+    xla.configure(os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # γ and ± must not end a run on an ASCII terminal
+    enable_compilation_cache(os.environ)
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("JRL_DEBUG", "0") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        print(f"jrl {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        return _complain(f"there is no command {args[0]!r}. Commands: {', '.join(COMMANDS)}; see jrl --help.")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.simplefilter("always", RunWarning)
+            return COMMANDS[args[0]](args[1:])
+    except KeyboardInterrupt:
+        return _complain("aborted; checkpoints that were saved are intact.", code=130)
+    except BrokenPipeError:  # `jrl envs | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if debug:
+            traceback.print_exc()
+        return _complain(str(error) or repr(error), code=3 if isinstance(error, FloatingPointError) else 2)
+
+
+def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
+    """Set JAX's persistent compilation cache in the environment, unless it is switched off or set already."""
+    choice = environ.get("JRL_COMPILATION_CACHE", "")
+    if choice.lower() in ("off", "0", "no", "false") or "JAX_COMPILATION_CACHE_DIR" in environ:
+        return
+    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jrl" / "xla"
+    folder = Path(choice) if choice else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a read-only home: compile each time; jrl doctor says that the cache is off
+    environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def _complain(text: str, code: int = 2) -> int:
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+        return
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- train
+
+
+def train(args: Sequence[str]) -> int:
+    """``jrl train ALGORITHM --env ID ...``."""
+    if not args or args[0].startswith("-"):
+        print(
+            "usage: jrl train ALGORITHM --env ID [--env-steps N] [--seed N] [--out FOLDER] [...]\n\n"
+            "ALGORITHM is ppo or dqn. `jrl train ppo --help` lists every setting of PPO with its default."
+        )
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    from jrl import configuration, flags
+
+    algorithm = args[0]
+    module = configuration.load(algorithm)
+    options, config, numbers = flags.parse_train(algorithm, module, args[1:])
+    env_kwargs = {
+        name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
+    }
+    hparams = module.HParams(**numbers)
+    if options.env_param:
+        from jrl.envs import make
+
+        params = make(options.env, **env_kwargs).params
+        changed = configuration.override_params(params, flags.pairs(options.env_param, "--env-param"))
+        hparams = dataclasses.replace(hparams, env=changed)
+
+    from jrl import driver, loggers
+
+    out = options.out or _free_folder(f"{options.env}-{algorithm}-{options.seed}")
+    chosen: list[loggers.Logger] = []
+    if options.tensorboard:
+        chosen.append(loggers.TensorBoardLogger(out / "tensorboard"))
+    if options.wandb:
+        chosen.append(loggers.WandbLogger(out, project=options.wandb_project, mode=options.wandb_mode))
+    result = driver.run(
+        algorithm,
+        options.env,
+        config=module.Config(**config),
+        hparams=hparams,
+        env_steps=options.env_steps,
+        seed=options.seed,
+        out=out,
+        env_kwargs=env_kwargs,
+        eval_episodes=options.eval_episodes,
+        checkpoint_every=options.checkpoint_every,
+        checkpoint_seconds=options.checkpoint_seconds,
+        keep=options.keep,
+        loggers=chosen,
+        progress=None if options.progress == "auto" else options.progress,
+        overwrite=options.overwrite,
+    )
+    return 130 if result.interrupted else 0
+
+
+def _free_folder(name: str) -> Path:
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+    folder, number = Path("runs") / name, 2
+    while folder.exists() and any(folder.iterdir()):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ other commands
+
+
+def resume(args: Sequence[str]) -> int:
+    """``jrl resume RUN``."""
+
+    def command(
+        path: Path,
+        env_steps: int | None = None,
+        progress: Literal["auto", "bar", "lines", "none"] = "auto",
+    ) -> int:
+        """Continue a run from its newest checkpoint to its end, as if it had never stopped.
+
+        Args:
+            path: run folder.
+            env_steps: a new, larger total of environment steps.
+            progress: auto: a bar on a terminal, lines elsewhere.
+        """
+        from jrl import driver
+
+        result = driver.resume(path, env_steps, progress=None if progress == "auto" else progress)
+        if result.already_finished:
+            steps = result.summary["env_steps"]
+            print(
+                f"{path} is already finished: {steps:,} env steps. Extend it: jrl resume {path} --env-steps N"
+            )
+        return 130 if result.interrupted else 0
+
+    return _run("resume", command, args)
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """``jrl eval RUN``."""
+
+    def command(
+        path: Path,
+        episodes: int = 100,
+        sample: bool = False,
+        seed: int | None = None,
+        step: int | None = None,
+    ) -> int:
+        """Play episodes with the policy of a run, on environments of their own.
+
+        Args:
+            path: run folder.
+            episodes: how many, exactly.
+            sample: draw actions as in training, instead of taking the most probable one.
+            seed: of the episodes; the run's own by default, which repeats its final evaluation.
+            step: the checkpoint, by the number of its folder; the newest by default.
+        """
+        from jrl import driver, progress
+
+        if episodes < 1:
+            raise ValueError(f"--episodes {episodes}: must be at least 1.")
+        evaluation = driver.evaluate(path, num_episodes=episodes, greedy=not sample, seed=seed, step=step)
+        print(progress.evaluation_line(evaluation))
+        return 0
+
+    return _run("eval", command, args)
+
+
+def plot(args: Sequence[str]) -> int:
+    """``jrl plot RUN [RUN ...]``."""
+
+    def command(paths: tuple[Path, ...], out: Path | None = None, title: str | None = None) -> int:
+        """Draw the learning curves of one or more runs on the same axes.
+
+        Args:
+            paths: run folders.
+            out: file; by default learning_curve.png in the run folder, for several learning_curves.png here.
+            title: above the axes.
+        """
+        from jrl import plots, records
+
+        if not paths:
+            raise ValueError("jrl plot needs at least one run folder: jrl plot runs/cartpole")
+        file = out or (paths[0] / records.CURVE if len(paths) == 1 else Path("learning_curves.png"))
+        plots.learning_curve(paths, out=file, title=title)
+        print(file)
+        return 0
+
+    return _run("plot", command, args)
+
+
+def envs(args: Sequence[str]) -> int:
+    """``jrl envs``."""
+
+    def command() -> int:
+        """List the environments that need no download, with what they show and take."""
+        from jrl import doctor
+
+        doctor.print_envs()
+        return 0
+
+    return _run("envs", command, args)
+
+
+def algos(args: Sequence[str]) -> int:
+    """``jrl algos``."""
+
+    def command() -> int:
+        """List the algorithms."""
+        from jrl import doctor
+
+        doctor.print_algos()
+        return 0
+
+    return _run("algos", command, args)
+
+
+def doctor(args: Sequence[str]) -> int:
+    """``jrl doctor``."""
+
+    def command() -> int:
+        """Print versions, devices, precision, cache and memory, and what is wrong with them."""
+        from jrl import doctor
+
+        doctor.print_report()
+        return 0
+
+    return _run("doctor", command, args)
+
+
+def _run(name: str, command: Callable[..., int], args: Sequence[str]) -> int:
+    import tyro
+
+    # a function's `path` without a default is positional: jrl resume runs/cartpole
+    return tyro.cli(command, prog=f"jrl {name}", args=list(args), config=(tyro.conf.PositionalRequiredArgs,))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "plot": plot,
+    "envs": envs,
+    "algos": algos,
+    "doctor": doctor,
+}

@@ -1,0 +1,372 @@
+"""A whole run from Python: :func:`run` trains, logs, checkpoints and evaluates; :func:`resume` goes on.
+
+A thin layer over an :class:`~jrl.types.Algorithm`: everything that decides a number happens in the compiled
+chunk of training and in :func:`jrl.evaluate`. One chunk is compiled for a run, its number of steps an
+argument, so that the last (shorter) chunk and a resumed run are the very same program: bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from jrl import checkpoint, configuration, doctor, loop, progress, records
+from jrl import loggers as loggers_
+from jrl.configuration import Setup
+from jrl.interrupt import StopRequest
+from jrl.records import CheckpointError, RunError, RunWarning
+from jrl.saving import Start, restore
+from jrl.types import Environment
+
+NUM_CHUNKS = 200  # lines of metrics.jsonl that a run aims at ...
+MAX_CHUNK = 2**18  # ... and the most environment steps one covers: Ctrl-C and checkpoints wait for its end
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run leaves in memory.
+
+    Attributes:
+        state: the last state; ``algo.policy(state)`` plays it.
+        summary: what ``summary.json`` holds.
+        out: the run folder, or None.
+        interrupted: True after Ctrl-C (or SIGTERM): the run can be resumed.
+        already_finished: True where :func:`resume` found nothing left to do.
+        algo: the algorithm.
+        env: the environment.
+        hparams: the hyperparameters, as arrays.
+    """
+
+    state: Any
+    summary: dict[str, Any]
+    out: Path | None
+    interrupted: bool
+    already_finished: bool
+    algo: Any
+    env: Environment
+    hparams: Any
+
+
+def run(
+    algorithm: Any,
+    env: Any,
+    *,
+    config: Any = None,
+    hparams: Any = None,
+    env_steps: int,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    eval_episodes: int = 100,
+    checkpoint_every: int | None = None,
+    checkpoint_seconds: float | None = 60.0,
+    keep: int = 3,
+    loggers: Sequence[loggers_.Logger] = (),
+    progress: str | None = None,
+    overwrite: bool = False,
+) -> RunResult:
+    """Train ``algorithm`` on ``env`` for ``env_steps`` environment steps, then evaluate it greedily.
+
+    ::
+
+        result = jrl.run("ppo", "CartPole-v1", env_steps=500_000, out="runs/cartpole")
+        result.summary["evaluation"]["episode_return_mean"]
+
+    Ctrl-C finishes the chunk in progress, saves, and returns with ``interrupted=True``; a second one raises
+    KeyboardInterrupt at once, and what was saved stays.
+
+    Args:
+        algorithm: ``"ppo"``, ``"dqn"``, a module with ``make``, ``Config`` and ``HParams``, or an
+            :class:`~jrl.types.Algorithm` (then with ``hparams``).
+        env: an id, or what else :func:`jrl.make` takes.
+        config: a ``Config``, a mapping of the fields to change, or None for the defaults.
+        hparams: an ``HParams``, a mapping of the fields to change, or None for the defaults.
+        env_steps: environment steps to train for, warm-up included; rounded up to whole algorithm steps.
+        seed: everything random follows from it.
+        out: run folder, new or empty; None writes no files.
+        env_kwargs: keyword arguments for :func:`jrl.make`.
+        eval_episodes: episodes of the final evaluation; 0 leaves it out.
+        checkpoint_every: environment steps between two checkpoints; None saves by time only.
+        checkpoint_seconds: seconds between two checkpoints (longer where saving is slow, so that it takes at
+            most a twentieth of the time); None saves by steps only. The end of the run is always saved.
+        keep: how many of the newest checkpoints stay.
+        loggers: each is given the metrics of every chunk, beside ``metrics.jsonl``; closed at the end.
+        progress: ``"bar"``, ``"lines"``, ``"none"``, or None for a bar on a terminal and lines elsewhere.
+        overwrite: replace a run that is already in ``out``.
+
+    Raises:
+        RunError: (a ValueError) the run folder is in use or not writable, an unknown name or field, fewer
+            ``env_steps`` than the warm-up takes. Raised before anything is computed, but for the last.
+        NonFiniteError: a metric or a parameter became NaN or infinite; the last checkpoint is from before.
+        ValueError, TypeError: what the algorithm or the environment refuses.
+    """
+    _check_numbers(env_steps=env_steps, eval_episodes=eval_episodes, seed=seed, keep=keep)
+    _check_numbers(checkpoint_every=checkpoint_every, checkpoint_seconds=checkpoint_seconds)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        records.check_new(folder, overwrite)
+    setup = configuration.build(algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs)
+    record = {
+        "format": records.FORMAT,
+        "id": uuid.uuid4().hex[:12],
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **configuration.to_json(setup),
+        "env_steps": env_steps,
+        "seed": seed,
+        "eval_episodes": eval_episodes,
+        "checkpoint_every": checkpoint_every,
+        "checkpoint_seconds": checkpoint_seconds,
+        "keep": keep,
+        "env_steps_per_step": setup.algo.env_steps_per_step,
+        "chunk_length": chunk_length(env_steps, setup.algo.env_steps_per_step),
+        "loggers": [logger.spec() for logger in loggers if hasattr(logger, "spec")],
+        "versions": doctor.versions(),
+        "device": doctor.device(),
+    }
+    with ExitStack() as stack:
+        if folder is not None:
+            records.create(folder)
+            stack.enter_context(records.locked(folder))
+            records.clear(folder)
+            records.write_json(folder / records.RUN, record)
+        try:
+            return _train(setup, record, folder, None, loggers, progress)
+        except BaseException:
+            # Nothing learned yet, nothing to resume: the folder is free again for the corrected command.
+            if folder is not None and not (folder / records.METRICS).exists():
+                (folder / records.RUN).unlink(missing_ok=True)
+            raise
+
+
+def resume(
+    path: str | os.PathLike,
+    env_steps: int | None = None,
+    *,
+    algorithm: Any = None,
+    env: Any = None,
+    hparams: Any = None,
+    loggers: Sequence[loggers_.Logger] | None = None,
+    progress: str | None = None,
+) -> RunResult:
+    """Continue a run from its newest checkpoint to its end, as if it had never stopped: bit for bit.
+
+    Lines of ``metrics.jsonl`` beyond the checkpoint are dropped and computed again. Without any checkpoint
+    the run starts over. A finished run is left as it is, unless ``env_steps`` extends it.
+
+    Args:
+        path: the run folder.
+        env_steps: a new total; None keeps that of the run.
+        algorithm: for a run whose algorithm was given as an object: the same again.
+        env: for a run whose environment was given as an object: the same again.
+        hparams: for a run of a ready-made Algorithm: its hyperparameters (their structure; the values are
+            those of the run).
+        loggers: as in :func:`run`; None makes those again that the run had (TensorBoard, W&B).
+        progress: as in :func:`run`.
+
+    Raises:
+        RunError: not a run folder, in use by another process, or ``env_steps`` is less than already trained.
+        CheckpointError: (a RunError) no checkpoint is intact, or it is of another configuration.
+        NonFiniteError: as in :func:`run`.
+    """
+    _check_numbers(env_steps=env_steps)
+    folder = Path(path)
+    record = records.read_run(folder)
+    if not os.access(folder, os.W_OK):
+        raise RunError(
+            f"run folder {folder} cannot be written to: no permission. Copy it to where you may write."
+        )
+    with records.locked(folder):
+        setup = configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams)
+        _warn_of_other_versions(record)
+        if loggers is None:
+            loggers = [loggers_.build(spec, folder) for spec in record["loggers"]]
+        start = restore(folder, setup)
+        trained = start.env_steps if start else 0
+        if env_steps is not None and env_steps != record["env_steps"]:
+            if env_steps < trained:
+                raise RunError(
+                    f"env_steps={env_steps}: the run in {folder} has already trained for {trained}. A run "
+                    "can only be extended; pass a larger number, or start a new run."
+                )
+            record = {**record, "env_steps": env_steps}
+            records.write_json(folder / records.RUN, record)
+        summary = records.read_summary(folder)
+        if start and summary and not summary["interrupted"] and trained >= record["env_steps"]:
+            return RunResult(start.state, summary, folder, False, True, setup.algo, setup.env, setup.hparams)
+        return _train(setup, record, folder, start, loggers, progress)
+
+
+def load(
+    path: str | os.PathLike,
+    step: int | None = None,
+    *,
+    algorithm: Any = None,
+    env: Any = None,
+    hparams: Any = None,
+) -> RunResult:
+    """Read a run folder and restore its newest checkpoint (or that of ``step``), without training.
+
+    Raises what :func:`resume` raises; CheckpointError too where the run has no checkpoint yet.
+    """
+    folder = Path(path)
+    record = records.read_run(folder)
+    setup = configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams)
+    start = restore(folder, setup, step)
+    if start is None:
+        raise CheckpointError(
+            f"run folder {folder} holds no checkpoint yet. One is written now and then in training and at "
+            f"its end; continue the run first: jrl resume {folder}"
+        )
+    summary = records.read_summary(folder) or {}
+    interrupted = bool(summary.get("interrupted"))
+    return RunResult(start.state, summary, folder, interrupted, False, setup.algo, setup.env, setup.hparams)
+
+
+def evaluate(
+    path: str | os.PathLike,
+    *,
+    num_episodes: int = 100,
+    greedy: bool = True,
+    seed: int | None = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Play ``num_episodes`` episodes with the policy of a run folder.
+
+    Args:
+        path: the run folder.
+        num_episodes: how many, exactly.
+        greedy: the most probable action, or samples as in training.
+        seed: of the episodes; None repeats the run's final evaluation.
+        step: the checkpoint; the newest by default.
+
+    Returns:
+        ``episode_return_mean``, ``_std``, ``_min``, ``_max``, ``num_episodes`` and more, as ``evaluation`` in
+        ``summary.json``.
+
+    Raises:
+        RunError, CheckpointError: as :func:`load`.
+    """
+    loaded = load(path, step)
+    seed = records.read_run(path)["seed"] if seed is None else seed
+    evaluation = loop.evaluate(
+        loaded.env, loaded.algo, loaded.hparams, loaded.state, seed, num_episodes, greedy
+    )
+    assert evaluation is not None  # None is for a requested stop, and there is no one to request it here
+    return evaluation
+
+
+def chunk_length(env_steps: int, env_steps_per_step: int) -> int:
+    """Return how many algorithm steps are dispatched, logged and checked together.
+
+    It follows from the configuration alone, never from a measured time, so that a repeated run is the same.
+    """
+    return max(1, min(env_steps // NUM_CHUNKS, MAX_CHUNK) // env_steps_per_step)
+
+
+def _train(
+    setup: Setup,
+    record: Mapping[str, Any],
+    folder: Path | None,
+    start: Start | None,
+    loggers: Sequence[loggers_.Logger],
+    progress_kind: str | None,
+) -> RunResult:
+    """Compile, train to the end, evaluate, write the summary."""
+    show = progress.choose(progress_kind)
+    for logger in loggers:
+        if isinstance(logger, loggers_.WandbLogger) and logger.run_id is None:
+            logger.config, logger.run_id = dict(record), record["id"]
+    sinks = list(loggers)
+    if folder is not None:
+        checkpoint_folder = folder / records.CHECKPOINTS
+        checkpoint_folder.mkdir(exist_ok=True)
+        checkpoint.remove_leftovers(checkpoint_folder)
+        records.drop_metrics_after(folder, start.env_steps if start else 0)
+        sinks.insert(0, loggers_.JsonlLogger(folder / records.METRICS))
+    with ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        stop = stack.enter_context(StopRequest(show.message))
+        what = f"{setup.algorithm} on {setup.env.name}, seed {record['seed']}"
+        show.message(f"{what}: compiling for {doctor.device()} ...")
+        compiled = loop.compile_chunk(setup, record["seed"], record["chunk_length"], start)
+        trained = loop.train(compiled, setup, record, folder, sinks, show, stop)
+        evaluation = None
+        if not stop.requested and record["eval_episodes"]:
+            evaluation = loop.evaluate(
+                setup.env,
+                setup.algo,
+                setup.hparams,
+                trained.state,
+                record["seed"],
+                record["eval_episodes"],
+                stop=stop,
+            )
+    seconds = trained.seconds
+    summary = {
+        "algorithm": setup.algorithm,
+        "environment": setup.env.name,
+        "seed": record["seed"],
+        "env_steps": trained.env_steps,
+        "interrupted": stop.requested and (trained.env_steps < record["env_steps"] or evaluation is None),
+        "evaluation": evaluation,
+        "train_seconds": seconds,
+        "env_steps_per_second": trained.env_steps_trained / seconds if seconds else 0.0,
+        "compile_seconds": compiled.seconds,
+        "device": doctor.device(),
+        "precision": doctor.precision(),
+        "versions": doctor.versions(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if folder is not None:
+        records.write_json(folder / records.SUMMARY, records.plain(summary))
+        _plot(folder)
+    show.message(progress.report(summary, folder))
+    return RunResult(
+        trained.state, summary, folder, summary["interrupted"], False, setup.algo, setup.env, setup.hparams
+    )
+
+
+def _plot(folder: Path) -> None:
+    from jrl import plots
+
+    if any(row.get("episode_return") is not None for row in records.read_metrics(folder)):
+        plots.learning_curve(folder, out=folder / records.CURVE)
+
+
+def _warn_of_other_versions(record: Mapping[str, Any]) -> None:
+    now = doctor.versions()
+    changed = [
+        f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old
+    ]
+    if changed:
+        warnings.warn(
+            f"the run was started with other versions ({', '.join(changed)}): it goes on, but not bit for "
+            "bit as it would have.",
+            RunWarning,
+            stacklevel=3,
+        )
+
+
+def _check_numbers(**values: Any) -> None:
+    lowest = {"seed": 0, "eval_episodes": 0}
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}={value!r}: expected a number.")
+        if name != "checkpoint_seconds" and not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: expected an integer.")
+        if name == "checkpoint_seconds" and value <= 0:
+            raise ValueError(f"{name}={value}: must be positive, or None to save by steps only.")
+        if name != "checkpoint_seconds" and value < lowest.get(name, 1):
+            raise ValueError(f"{name}={value}: must be at least {lowest.get(name, 1)}.")
+        if name == "seed" and value >= 2**32:
+            raise ValueError(f"seed={value}: must be below 2**32.")

@@ -1,0 +1,131 @@
+"""The flags of ``jrl train``: every field of a dataclass is one, with its docstring as help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import textwrap
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The run, beside the algorithm's own settings."""
+
+    env: str
+    """Environment id; `jrl envs` lists them."""
+    env_steps: int = 500_000
+    """Environment steps to train for, warm-up included."""
+    seed: int = 0
+    """Everything random follows from it."""
+    out: Path | None = None
+    """Run folder, new or empty. Default: runs/ENV-ALGORITHM-SEED, numbered if taken."""
+    env_param: tuple[str, ...] = ()
+    """NAME=NUMBER, a parameter of the environment (traced), such as length=0.7; repeatable."""
+    env_kwarg: tuple[str, ...] = ()
+    """NAME=JSON, an argument of the environment's constructor (static); repeatable."""
+    eval_episodes: int = 100
+    """Episodes of the final evaluation; 0 leaves it out."""
+    checkpoint_every: int | None = None
+    """Environment steps between two checkpoints, beside those by time."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints."""
+    keep: int = 3
+    """How many of the newest checkpoints stay."""
+    overwrite: bool = False
+    """Replace a run that is already in the run folder."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """auto: a bar on a terminal, lines elsewhere."""
+    tensorboard: bool = False
+    """Log to TensorBoard, in the run folder's tensorboard/ (the extra `tensorboard`)."""
+    wandb: bool = False
+    """Log to Weights & Biases (the extra `wandb`)."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline writes files only; `wandb sync` sends them later."""
+    wandb_project: str = "jrl"
+    """Project on Weights & Biases."""
+
+
+def parse_train(
+    algorithm: str, module: Any, args: Sequence[str]
+) -> tuple[Options, dict[str, Any], dict[str, Any]]:
+    """Parse the flags of ``jrl train``: those of the run, and every field of ``Config`` and ``HParams``.
+
+    Returns:
+        The options, the fields of ``Config`` and those of ``HParams`` (without ``env``).
+    """
+    import tyro
+
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("run", flags(Options)),
+            ("config", flags(module.Config)),
+            ("hparams", flags(module.HParams, skip=("env",))),
+        ],
+    )
+    summary = (module.__doc__ or "").strip().splitlines()[0]
+    parsed: Any = tyro.cli(
+        command,
+        prog=f"jrl train {algorithm}",
+        description=summary,
+        args=list(args),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    options = Options(**vars(parsed.run))
+    return options, dict(vars(parsed.config)), dict(vars(parsed.hparams))
+
+
+def flags(cls: type, skip: Sequence[str] = ()) -> type:
+    """Return a dataclass of the fields of ``cls`` but those in ``skip``, their docstrings as help."""
+    import tyro
+
+    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    fields = []
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        hint: Any = Annotated[hints[field.name], tyro.conf.arg(help=docs.get(field.name, ""))]
+        if field.name in ("env_param", "env_kwarg"):
+            hint = tyro.conf.UseAppendAction[hint]  # type: ignore[misc]
+        fields.append((field.name, hint, dataclasses.field(default=field.default)))
+    mirror = dataclasses.make_dataclass(cls.__name__, fields)
+    mirror.__doc__ = cls.__doc__
+    return mirror
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the string literal that follows each field in the source of ``cls``."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, after in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+            target, text = field.target, after.value
+            if isinstance(target, ast.Name) and isinstance(text, ast.Constant):
+                docs[target.id] = inspect.cleandoc(str(text.value))
+    return docs
+
+
+def pairs(items: Sequence[str], flag: str) -> dict[str, str]:
+    """Split ``NAME=VALUE`` items; raises ValueError, naming ``flag``, for one that is something else."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{flag} {item}: expected NAME=VALUE, for example {flag} length=0.7")
+        found[name] = value
+    return found
+
+
+def json_value(text: str) -> Any:
+    """Read a JSON value; what is none is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

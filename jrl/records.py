@@ -1,0 +1,242 @@
+"""The run folder: which files it has, how they are written and read, and the errors about them.
+
+::
+
+    run.json             the complete configuration; enough to resume, evaluate or repeat the run
+    metrics.jsonl        one JSON object a line, one line a chunk of training
+    checkpoints/         see jrl.checkpoint
+    learning_curve.png
+    summary.json         final evaluation, throughput, versions, device
+
+Imports no jax, so that the command line can refuse a bad folder before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FORMAT = "jrl-run-1"
+RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
+TENSORBOARD = "tensorboard"
+
+
+class RunError(ValueError):
+    """A run, its folder or its input is wrong; the message says what, the rule and the fix."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is missing, corrupt, foreign, or does not fit the state it is restored into."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is not as it was written, or jrl did not write it; an older one may be intact."""
+
+
+class RunWarning(UserWarning):
+    """A run goes on, but not quite as one would expect."""
+
+
+class NonFiniteError(RunError, FloatingPointError):
+    """A metric or a parameter became NaN or infinite in training."""
+
+
+# -------------------------------------------------------------------------------------------------- JSON
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN) so that the file is at all times the old one or the new one, complete."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """Turn arrays and tuples into JSON values; NaN and infinities, which JSON lacks, into None or strings."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value)
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return ``run.json`` of a run folder.
+
+    Raises:
+        RunError: it is not there, not readable, or not written by jrl.
+    """
+    path = Path(folder) / RUN
+    rule = "A run folder is what jrl train --out (or jrl.run(out=...)) made; pass one of those."
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is not a run folder: it has no {RUN}. {rule}") from error
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}). {rule}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunError(f"{path} does not say format {FORMAT!r}: something else wrote it. {rule}")
+    return record
+
+
+def read_summary(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Return ``summary.json``, or None where there is none yet."""
+    path = Path(folder) / SUMMARY
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}). Delete it and resume the run.") from error
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``, without a last one that a kill cut short.
+
+    Raises:
+        RunError: a line other than the last is not a JSON object.
+    """
+    path = Path(folder) / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):  # a complete line ends with a newline, so that the last entry is ""
+                break
+            raise RunError(
+                f"{path}, line {number} is not a JSON object ({error}). Only the last line may be cut short; "
+                "delete the line, or the file if you do not need it."
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def drop_metrics_after(folder: Path, env_steps: int) -> None:
+    """Rewrite ``metrics.jsonl`` without the lines of training that a restored checkpoint does not contain."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(folder) if row.get("env_steps", 0) <= env_steps]
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------ folder
+
+
+def check_new(folder: Path, overwrite: bool) -> None:
+    """Refuse, before anything is computed, a folder that is in use or cannot be written to.
+
+    Raises:
+        RunError: the path is no folder, not writable, or holds a run (unless ``overwrite``) or other files.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise RunError(
+            f"run folder {folder} cannot be made: {existing} is not a folder. "
+            "A run needs a folder of its own; choose another path with --out (out=...)."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(_unwritable(folder, f"no permission to write to {existing}"))
+    if existing != folder:
+        return
+    names = {entry.name for entry in folder.iterdir() if not _is_trace(entry)}
+    if RUN in names:
+        if not overwrite:
+            raise RunError(
+                f"run folder {folder} already holds a run. A folder is used once, so that nothing saved is "
+                f"lost: continue it with `jrl resume {folder}`, choose another one with --out, or replace it "
+                "with --overwrite (overwrite=True)."
+            )
+    elif names:
+        some = ", ".join(sorted(names)[:3])
+        raise RunError(
+            f"run folder {folder} is not empty and holds no run (found {some}). A run needs a folder of its "
+            "own, and what jrl did not write it does not delete: choose another path with --out."
+        )
+
+
+def _is_trace(entry: Path) -> bool:
+    """Tell what a run that ended before it began leaves behind: nothing worth keeping."""
+    if entry.name == CHECKPOINTS and entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.name == LOCK or entry.name.startswith(f".{RUN}.")
+
+
+def create(folder: Path) -> None:
+    """Make the folder; raises :class:`RunError` where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise RunError(_unwritable(folder, error.strerror or str(error))) from error
+
+
+def clear(folder: Path) -> None:
+    """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed)."""
+    try:
+        for name in (RUN, METRICS, SUMMARY, CURVE):
+            (folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, TENSORBOARD):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+    except OSError as error:
+        raise RunError(_unwritable(folder, error.strerror or str(error))) from error
+
+
+def _unwritable(folder: Path, why: str) -> str:
+    return (
+        f"run folder {folder} cannot be written to: {why}. A run writes its configuration, metrics and "
+        "checkpoints there; choose a path that you can write to with --out (out=...)."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RunError: another process is training in this folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows: two processes at once are then the user's own care
+        yield
+        return
+    with (folder / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"run folder {folder} is in use by another process. Only one may write to a run; wait for it "
+                "or stop it."
+            ) from error
+        yield

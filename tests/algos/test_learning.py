@@ -1,0 +1,120 @@
+"""Both algorithms learn the probes, whose values are known exactly. A wrong value names a definite fault."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import dqn, ppo
+from jrl.envs import probes
+
+GAMMA = 0.9
+DISCRETE = [
+    probes.CONSTANT,
+    probes.OBSERVATION,
+    probes.DISCOUNT,
+    probes.ACTION,
+    probes.POLICY,
+    probes.TRUNCATION,
+    probes.SUCCESSOR,
+    probes.BOTH_FLAGS,
+]
+
+
+def trained(module, env, config, num_steps, **numbers):
+    """The algorithm and its state after ``num_steps``, the step size annealed to 0."""
+    algo = module.make(env, config)
+    horizon = num_steps * algo.env_steps_per_step
+    hparams = module.HParams(gamma=GAMMA, anneal_env_steps=float(horizon), **numbers)
+    state = jax.jit(algo.init)(jax.random.key(0), hparams)
+    state, _ = jrl.train(algo, state, hparams, num_steps=num_steps)
+    return algo, state
+
+
+@functools.cache
+def ppo_on(probe):
+    config = ppo.Config(
+        num_envs=16, unroll_length=16, num_minibatches=2, hidden_sizes=(16,), clip_value=False
+    )
+    return trained(ppo, probe.env, config, 300, learning_rate=1e-2, entropy_coef=0.0)
+
+
+def train_dqn(env, **choices):
+    config = dqn.Config(
+        num_envs=16,
+        unroll_length=4,
+        num_updates=8,
+        batch_size=64,
+        capacity=4096,
+        warmup_env_steps=512,
+        hidden_sizes=(16,),
+        **choices,
+    )
+    numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0}
+    return trained(dqn, env, config, 1000, learning_rate=1e-2, **numbers)
+
+
+@functools.cache
+def dqn_on(probe):
+    return train_dqn(probe.env)
+
+
+def assert_values(values, expected, tolerance):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(values, expected, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("probe", DISCRETE, ids=lambda probe: probe.id)
+def test_ppo_learns_the_value_and_the_policy(probe):
+    algo, state = ppo_on(probe)
+    action, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["value"], probe.value(GAMMA), 0.01 if probe is probes.TRUNCATION else 0.05)
+    if probe.optimal_actions is not None:
+        np.testing.assert_array_equal(action, probe.optimal_actions)
+
+
+@pytest.mark.parametrize("probe", DISCRETE, ids=lambda probe: probe.id)
+def test_dqn_learns_the_action_values(probe):
+    algo, state = dqn_on(probe)
+    action, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["q"], probe.q(GAMMA), 0.01 if probe is probes.TRUNCATION else 0.05)
+    if probe.optimal_actions is not None:
+        np.testing.assert_array_equal(action, probe.optimal_actions)
+
+
+def test_ppo_learns_a_continuous_action():
+    probe = probes.CONTINUOUS
+    algo, state = ppo_on(probe)
+    action, _, _ = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    np.testing.assert_allclose(action, probe.optimal_actions, atol=0.1)
+
+
+def test_normalised_rewards_scale_the_truncation_probe():
+    """Rewards of 100: scaled by the spread of the returns, the policy still sees the whole future."""
+    probe = probes.TRUNCATION
+    env = probe.make({"reward": 100.0})
+    config = ppo.Config(
+        num_envs=16, unroll_length=16, num_minibatches=2, hidden_sizes=(16,), normalize_rewards=True
+    )
+    algo, state = trained(ppo, env, config, 300, learning_rate=1e-2, entropy_coef=0.0)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    spread = np.sqrt(np.asarray(jrl.normalize.variance(state.reward_scaling.statistics)))
+    assert 10.0 < spread < 1000.0
+    assert_values(np.asarray(extras["value"]) * spread, 100.0 / (1 - GAMMA) * np.ones(1), 0.05)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"n_step": 3}, {"prioritized": True}, {"polyak": True}, {"dueling": True, "double": False}],
+    ids=str,
+)
+def test_every_refinement_of_dqn_keeps_the_value_of_the_truncation_probe(choices):
+    probe = probes.TRUNCATION
+    algo, state = train_dqn(probe.env, **choices)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.01)

@@ -1,0 +1,291 @@
+"""The ``jrl`` command: flags, help, errors and exit codes."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import fake_algorithm as fake
+import jax
+import pytest
+
+from jrl import checkpoint, cli, configuration, driver, flags, records
+from jrl.algos import dqn, ppo
+
+ENV = ["--env", "CartPole-v1"]
+TRAIN = ["train", "ppo", *ENV]
+TINY = ["--num-envs", "2", "--unroll-length", "8", "--num-minibatches", "1", "--num-epochs", "1"]
+TINY += ["--hidden-sizes", "4", "--eval-episodes", "2", "--progress", "lines"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch, tmp_path):
+    """Keep what the command sets in the environment, and the folder it works in, to the test."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "NPROC"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys, *args, code=2):
+    assert cli.main([str(arg) for arg in args]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# -------------------------------------------------------------------------------------------------- help
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from jrl import cli; assert cli.main(['--help']) == 0; cli.main(['train', '--help']);"
+        "assert not {'jax', 'flax', 'gymnax', 'matplotlib', 'orbax'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=fake.environ()
+    )
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in done.stdout
+
+
+def test_no_command_and_the_version(capsys):
+    assert cli.main([]) == 0
+    assert "usage: jrl COMMAND" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("jrl 0.")
+    assert cli.main(["train"]) == 2
+    assert "ALGORITHM is ppo or dqn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [ppo, dqn])
+def test_every_field_is_a_flag_with_its_docstring_as_help(module, capsys):
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["train", name, "--help"])
+    assert raised.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for cls in (flags.Options, module.Config, module.HParams):
+        docs = flags.field_docs(cls)
+        for field in dataclasses.fields(cls):
+            if cls is module.HParams and field.name == "env":
+                continue  # the environment's parameters are set by --env-param
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert " ".join(docs[field.name].split())[:40] in text
+
+
+def test_flags_reach_the_config_and_the_hparams():
+    args = ["--env", "X", "--num-envs", "3", "--hidden-sizes", "8", "9", "--no-clip-value", "--gamma", "0.5"]
+    args += ["--env-param", "a=1", "--env-param", "b=2", "--env-kwarg", 'c={"d": 1}']
+    options, config, hparams = flags.parse_train("ppo", ppo, args)
+    assert options.env_param == ("a=1", "b=2")
+    assert options == flags.Options(env="X", env_param=("a=1", "b=2"), env_kwarg=('c={"d": 1}',))
+    assert ppo.Config(**config) == ppo.Config(num_envs=3, hidden_sizes=(8, 9), clip_value=False)
+    assert ppo.HParams(**hparams) == ppo.HParams(gamma=0.5)
+    assert flags.json_value("raw") == "raw"
+    assert flags.json_value("true") is True
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def test_train_eval_plot_resume(tmp_path, capsys):
+    args = [*TINY, "--env-steps", "64", "--env-param", "length=0.75", "--learning-rate", "0.002"]
+    assert cli.main([*TRAIN, "--seed", "3", *args]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "ppo on CartPole-v1, seed 3",
+        "64 env steps  100%",
+        "evaluation   return",
+        "jrl resume runs/",
+    ):
+        assert words in printed
+    out = tmp_path / "runs" / "CartPole-v1-ppo-3"
+    record = json.loads((out / "run.json").read_text())
+    assert (record["hparams"]["env/length"], record["hparams"]["learning_rate"]) == (0.75, 0.002)
+    assert record["config"]["hidden_sizes"] == [4]
+
+    assert cli.main(["eval", str(out), "--episodes", "2"]) == 0
+    evaluation = records.read_summary(out)["evaluation"]
+    printed = capsys.readouterr().out
+    # the run's own seed repeats the final evaluation
+    assert f"return {evaluation['episode_return_mean']:.4g} ±" in printed
+    assert "over 2 episodes, greedy" in printed
+    assert cli.main(["eval", str(out), "--episodes", "3", "--sample", "--seed", "8", "--step", "4"]) == 0
+    assert "over 3 episodes, sampled actions" in capsys.readouterr().out
+
+    (out / "learning_curve.png").unlink()
+    assert cli.main(["plot", str(out)]) == 0
+    assert (out / "learning_curve.png").exists()
+    assert cli.main(["plot", str(out), str(out), "--out", "both.svg"]) == 0
+    assert (tmp_path / "both.svg").exists()
+    capsys.readouterr()
+
+    assert cli.main(["resume", str(out)]) == 0
+    assert "is already finished: 64 env steps. Extend it: jrl resume" in capsys.readouterr().out
+    assert cli.main(["resume", str(out), "--env-steps", "96"]) == 0
+    assert records.read_summary(out)["env_steps"] == 96
+    assert checkpoint.latest_step(out / "checkpoints") == 6
+
+    # the default folder does not collide
+    assert cli._free_folder("CartPole-v1-ppo-3").name == "CartPole-v1-ppo-3-2"
+    assert cli._free_folder("my env/1").name == "my-env-1"
+
+    # what is wrong with a used folder is said before anything is computed
+    error = fails(capsys, "train", "ppo", "--env", "CartPole-v1", "--out", out)
+    assert f"run folder {out} already holds a run" in error
+    assert f"`jrl resume {out}`" in error
+    error = fails(capsys, "resume", out, "--env-steps", "32")
+    assert "has already trained for 96. A run can only be extended" in error
+    error = fails(capsys, "eval", out, "--step", "5")
+    assert "000000000005 does not exist. The checkpoints there are: [4, 6]" in error
+    (out / "checkpoints" / "000000000006" / "metadata.json").write_text("no")
+    assert cli.main(["eval", str(out), "--episodes", "2"]) == 0
+    assert "warning: checkpoint" in capsys.readouterr().err
+
+
+def test_nan_has_its_own_exit_code(capsys):
+    args = [*TINY, "--env-steps", "64", "--out", "run", "--learning-rate", "1e30"]
+    assert cli.main([*TRAIN, *args]) == 3
+    error = capsys.readouterr().err
+    assert re.match(r"error: \w*loss is (nan|infinite) at env step \d+ ", error)
+    assert "(seed 0, learning_rate=1e+30)" in error
+
+
+def test_environments_algorithms_and_doctor(capsys, monkeypatch):
+    from jrl import envs
+
+    monkeypatch.setattr(envs, "ids", lambda: ["CartPole-v1"])
+    for command, words in (("envs", "CartPole-v1"), ("algos", "dqn"), ("doctor", "jaxlib")):
+        assert cli.main([command]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    given = {}
+
+    def run(algorithm, env, **arguments):
+        given.update(arguments)
+        return driver.RunResult(None, {}, None, True, False, None, None, None)
+
+    monkeypatch.setattr(driver, "run", run)
+    assert cli.main([*TRAIN, "--tensorboard", "--keep", "7"]) == 130
+    assert [logger.spec() for logger in given["loggers"]] == [{"kind": "tensorboard"}]
+    assert given["keep"] == 7
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.main([*TRAIN, "--wandb"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "there is no command 'trian'. Commands: train, resume, eval"),
+        (["train", "pp", "--env", "CartPole-v1"], "unknown algorithm 'pp'. Nearest: ppo."),
+        (["train", "ppo", "--env", "CartPol-v1"], "environment id 'CartPol-v1'. Nearest: CartPole-v1"),
+        (["train", "dqn", "--env", "Pendulum-v1"], "Q-learning maximises over Discrete actions"),
+        ([*TRAIN, "--num-minibatches", "7"], "num_minibatches=7 does not divide"),
+        (["train", "dqn", *ENV, "--capacity", "9"], "capacity=9 is smaller than batch_size"),
+        ([*TRAIN, "--env-steps", "0"], "env_steps=0: must be at least 1"),
+        (
+            [*TRAIN, "--env-param", "lenght=1"],
+            "the environment has no parameter 'lenght'. Nearest: length",
+        ),
+        ([*TRAIN, "--env-param", "length"], "--env-param length: expected NAME="),
+        (
+            [*TRAIN, "--env-param", "gravity=low"],
+            "parameter gravity='low' is not a number",
+        ),
+        (
+            [*TRAIN, "--env-param", "max_steps_in_episode=1.5"],
+            "parameter max_steps_in_episode='1.5' is not an integer",
+        ),
+        ([*TRAIN, "--out", "/dev/null/run"], "/dev/null is not a folder"),
+        (["resume", "nowhere"], "nowhere is not a run folder: it has no run.json"),
+        (["eval", "nowhere"], "nowhere is not a run folder"),
+        (["eval", "nowhere", "--episodes", "0"], "--episodes 0: must be at least 1"),
+        (["plot"], "jrl plot needs at least one run folder"),
+        (["plot", "nowhere"], "nowhere is not a run folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(capsys, args, message):
+    assert message in fails(capsys, *args)
+
+
+def test_an_unknown_flag_and_a_bad_value_are_named(capsys):
+    for args, words in (
+        (["--num-env", "3"], ("Unrecognized options", "--num-envs")),
+        (["--num-envs", "three"], ("--num-envs", "three")),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            cli.main([*TRAIN, *args])
+        assert raised.value.code == 2
+        error = capsys.readouterr().err
+        for word in words:
+            assert word in error
+
+
+def test_a_traceback_only_on_demand(capsys, monkeypatch):
+    fails(capsys, "resume", "nowhere")
+    assert cli.main(["resume", "nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("JRL_DEBUG", "1")
+    assert cli.main(["resume", "nowhere"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_abort_and_warnings_are_lines(capsys, monkeypatch):
+    def aborted(args):
+        warnings.warn("mind the gap", stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "resume", aborted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["resume"]) == 130
+    assert capsys.readouterr().err == (
+        "warning: mind the gap\nerror: aborted; checkpoints that were saved are intact.\n"
+    )
+
+
+def test_the_compilation_cache_follows_the_environment(tmp_path):
+    default = {"XDG_CACHE_HOME": str(tmp_path)}
+    cli.enable_compilation_cache(default)
+    assert default["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "jrl" / "xla")
+    assert (tmp_path / "jrl" / "xla").is_dir()
+    for environ in (
+        {"JRL_COMPILATION_CACHE": "off"},
+        {"XDG_CACHE_HOME": "/dev/null"},
+    ):
+        cli.enable_compilation_cache(environ)
+        assert "JAX_COMPILATION_CACHE_DIR" not in environ
+    mine = {"JAX_COMPILATION_CACHE_DIR": "/mine"}
+    cli.enable_compilation_cache(mine)
+    assert mine == {"JAX_COMPILATION_CACHE_DIR": "/mine"}
+    moved = {"JRL_COMPILATION_CACHE": str(tmp_path / "moved")}
+    cli.enable_compilation_cache(moved)
+    assert moved["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "moved")
+
+
+def test_environment_parameters_keep_their_types():
+    params = {"length": 0.5, "limit": 7, "flag": True, "table": jax.numpy.zeros(3)}
+    changed = configuration.override_params(params, {"length": "1", "limit": "9", "flag": "false"})
+    assert {name: changed[name] for name in ("length", "limit", "flag")} == {
+        "length": 1.0, "limit": 9, "flag": False,
+    }  # fmt: skip
+    assert type(changed["length"]) is float
+    with pytest.raises(ValueError, match=r"parameter table has shape \(3,\); only single numbers"):
+        configuration.override_params(params, {"table": "1"})
+    with pytest.raises(
+        ValueError, match=r"parameter flag='maybe' is not true or false, as the default True is"
+    ):
+        configuration.override_params(params, {"flag": "maybe"})
+    assert flags.field_docs(fake.Config)["num_envs"] == "Environments."

@@ -1,0 +1,482 @@
+"""A run from Python: its files, its numbers, its errors."""
+
+import json
+import math
+import signal
+import threading
+import time
+
+import fake_algorithm as fake
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import checkpoint, driver, interrupt, loop, records
+from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
+
+ENV = fake.environment()
+
+
+def run(out=None, **changes):
+    arguments = {"env_steps": 800, "out": out, "eval_episodes": 4, "progress": "none"} | changes
+    return driver.run(fake, ENV, **arguments)
+
+
+def resume(out, *args, **kwargs):
+    return driver.resume(out, *args, algorithm=fake, env=ENV, progress="none", **kwargs)
+
+
+def bits(state):
+    return {path: array.tobytes() for path, array in checkpoint.snapshot(state).arrays.items()}
+
+
+def test_a_run_folder_has_everything(tmp_path):
+    out = tmp_path / "new" / "run"
+    result = run(out, seed=3, hparams={"learning_rate": 0.25})
+    assert not result.interrupted
+    assert {path.name for path in out.iterdir()} == {
+        ".lock", "run.json", "metrics.jsonl", "checkpoints", "learning_curve.png", "summary.json",
+    }  # fmt: skip
+    record = json.loads((out / "run.json").read_text())
+    assert record["config"] == {"num_envs": 2, "sizes": [3], "warmup": 0}
+    assert record["hparams"]["learning_rate"] == 0.25
+    assert record["hparams"]["env/limit"] == 7
+    assert (record["env_steps"], record["seed"], record["chunk_length"]) == (800, 3, 1)
+    assert record["versions"]["jax"] == jax.__version__
+
+    rows = records.read_metrics(out)
+    assert [row["env_steps"] for row in rows] == list(range(8, 801, 8))
+    assert [row["episode_return"] for row in rows[:3]] == [None, None, 2.0]
+    assert rows[2]["episode_return_max"] == 3.0
+    assert all(row["env_steps_per_second"] > 0 and math.isfinite(row["loss"]) for row in rows)
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["evaluation"]["episode_return_mean"] == 5.0
+    assert summary["evaluation"]["episode_return_std"] == 0.0
+    assert summary["evaluation"]["num_episodes"] == 4
+    assert summary["evaluation"]["num_cut_short"] == 0
+    assert (summary["env_steps"], summary["seed"], summary["interrupted"]) == (800, 3, False)
+    assert summary["compile_seconds"] > 0
+    assert summary["precision"] == "default"
+    assert jax.devices()[0].platform in summary["device"]
+    assert checkpoint.latest_step(out / "checkpoints") == 100
+    loaded = driver.load(out, algorithm=fake, env=ENV)
+    assert bits(loaded.state) == bits(result.state)
+
+
+def test_without_a_folder_no_file_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run()
+    assert result.out is None
+    assert result.summary["evaluation"]["episode_return_mean"] == 5.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_what_train_computes():
+    result = run(seed=5)
+    key = jax.random.fold_in(jax.random.key(5), loop.INIT)
+    state, _ = jrl.train(result.algo, result.algo.init(key, result.hparams), result.hparams, num_steps=100)
+    np.testing.assert_array_equal(state.params["w"], result.state.params["w"])
+    assert jrl.ops.counter.to_int(result.state.env_steps) == 800
+    assert bits(result.state) == bits(run(seed=5).state)
+    assert bits(result.state) != bits(run(seed=6).state)
+
+
+def test_chunks_do_not_depend_on_time_and_do_not_change_the_result(tmp_path, monkeypatch):
+    assert driver.chunk_length(500_000, 2048) == 1
+    assert driver.chunk_length(500_000, 10) == 250
+    assert driver.chunk_length(10**10, 1024) == 256
+    whole = run(env_steps=804)  # 101 steps: rounded up
+    monkeypatch.setattr(driver, "NUM_CHUNKS", 7)
+    chunked = run(tmp_path / "run", env_steps=804)
+    assert bits(whole.state) == bits(chunked.state)
+    rows = records.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [14, 28, 42, 56, 70, 84, 98, 101]
+
+
+def test_rows_are_reduced_as_summarize_does():
+    from jrl.training import summarize
+
+    metrics = {
+        "num_episodes": np.array([0, 2, 1], np.float32),
+        "episode_return": np.array([0, 3, 9], np.float32),
+        "episode_return_min": np.array([0, 1, 9], np.float32),
+        "episode_return_max": np.array([0, 5, 9], np.float32),
+        "loss": np.array([1, 2, 6], np.float32),
+    }
+    expected = {name: float(value) for name, value in summarize(jax.tree.map(jnp.asarray, metrics)).items()}
+    assert loop.reduce_rows(metrics) == pytest.approx(expected)
+    none = loop.reduce_rows({name: values[:1] for name, values in metrics.items()})
+    assert none["episode_return"] is None
+    assert none["num_episodes"] == 0
+
+
+def test_nothing_is_compiled_twice():
+    traces = []
+
+    def counted(env, config):
+        algo = fake.make(env, config)
+
+        def step(state, hparams):
+            traces.append(1)
+            return algo.step(state, hparams)
+
+        return algo._replace(step=step)
+
+    algo = counted(ENV, fake.Config())
+    driver.run(algo, ENV, hparams=fake.HParams(), env_steps=8 * 997, eval_episodes=0, progress="none")
+    assert len(traces) == 2  # one to know the metrics, one to compile: none for the shorter last chunk
+
+
+def test_checkpoints_are_written_on_the_way_and_the_newest_kept(tmp_path):
+    run(tmp_path / "run", checkpoint_every=160, checkpoint_seconds=None, keep=2)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [80, 100]
+    run(tmp_path / "timed", checkpoint_seconds=1e-9, keep=100)
+    assert len(checkpoint.steps(tmp_path / "timed" / "checkpoints")) > 1
+
+
+def test_values_given_as_integers_and_environment_parameters_reach_the_algorithm():
+    result = run(hparams=fake.HParams(learning_rate=1, env={"reward": 2.0, "limit": 7}))
+    assert result.hparams.learning_rate.dtype == jnp.float32
+    assert result.hparams.env["limit"].dtype == jnp.int32
+    assert not result.hparams.env["reward"].weak_type
+    assert result.summary["evaluation"]["episode_return_mean"] == 10.0
+
+
+# -------------------------------------------------------------------------------------------------- loggers
+
+
+class Recorder:
+    def __init__(self):
+        self.rows, self.closed = [], 0
+
+    def write(self, env_steps, metrics):
+        self.rows.append((env_steps, dict(metrics)))
+
+    def close(self):
+        self.closed += 1
+
+
+def test_loggers_are_given_every_chunk_and_closed(tmp_path):
+    logger = Recorder()
+    run(tmp_path / "run", loggers=[logger])
+    assert logger.closed == 1
+    assert [{"env_steps": steps, **row} for steps, row in logger.rows] == records.read_metrics(
+        tmp_path / "run"
+    )
+    with pytest.raises(NonFiniteError):
+        run(loggers=[logger], hparams={"nan_at": 3})
+    assert logger.closed == 2
+
+
+# ------------------------------------------------------------------------------------------------ NaN
+
+
+def test_nan_in_training_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    message = (
+        r"^loss is nan at env step 488 \(seed 3, learning_rate=0\.1\)\. Training stops at the first value .* "
+        r"Lower learning_rate .* The checkpoint at env step 480 is from before and intact\.$"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        run(out, seed=3, hparams={"nan_at": 60}, checkpoint_every=160, checkpoint_seconds=None)
+    checkpoints = out / "checkpoints"
+    assert checkpoint.latest_step(checkpoints) == 60
+    like = jax.eval_shape(fake.make(ENV, fake.Config()).init, jax.random.key(0), fake.HParams())
+    assert np.isfinite(checkpoint.restore(checkpoints, like).params["w"]).all()
+    assert records.read_metrics(out)[-1]["env_steps"] == 480
+
+
+def test_the_first_bad_step_within_a_chunk_is_named(monkeypatch):
+    monkeypatch.setattr(driver, "NUM_CHUNKS", 4)
+    with pytest.raises(NonFiniteError, match=r"loss is nan at env step 312 .* writes no checkpoints"):
+        run(hparams={"nan_at": 38})
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    # NaN in the parameters of the very last step: no loss has seen it.
+    with pytest.raises(NonFiniteError, match=r"params/w is nan at env step 800 .* No checkpoint had been"):
+        run(tmp_path / "run", hparams={"nan_params_at": 99})
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def test_a_finished_run_is_extended_bit_for_bit(tmp_path):
+    out = tmp_path / "run"
+    run(out, env_steps=800)
+    assert resume(out).already_finished
+    before = (out / "summary.json").read_text()
+    assert resume(out, 800).already_finished
+    assert (out / "summary.json").read_text() == before
+
+    extended = resume(out, 1608)
+    assert not extended.already_finished
+    assert bits(extended.state) == bits(run(env_steps=1608).state)
+    rows = records.read_metrics(out)
+    assert [row["env_steps"] for row in rows] == list(range(8, 1609, 8))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    assert extended.summary["train_seconds"] > rows[99]["seconds"]
+    assert json.loads((out / "run.json").read_text())["env_steps"] == 1608
+    with pytest.raises(
+        RunError, match=r"env_steps=16: the run in .* has already trained for 1608\. .* larger"
+    ):
+        resume(out, 16)
+
+
+def test_lines_beyond_the_checkpoint_are_dropped(tmp_path):
+    out = tmp_path / "run"
+    expected = run(out, checkpoint_every=400, checkpoint_seconds=None)
+    rows = records.read_metrics(out)
+    # As after a kill: the last checkpoint gone, more lines than it has, the last of them cut short.
+    checkpoint._discard(out / "checkpoints" / f"{100:012d}")
+    (out / "summary.json").unlink()
+    with (out / "metrics.jsonl").open("a") as stream:
+        stream.write('{"env_steps": 808, "lo')
+    resumed = resume(out)
+    assert bits(resumed.state) == bits(expected.state)
+    again = records.read_metrics(out)
+    assert again[:50] == rows[:50]
+    timing = {"seconds", "env_steps_per_second"}
+    for a, b in zip(rows, again, strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing
+        }
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path):
+    out = tmp_path / "run"
+    expected = run(out, checkpoint_every=400, checkpoint_seconds=None)
+    (out / "checkpoints" / f"{100:012d}" / "metadata.json").write_text("garbage")
+    with pytest.warns(
+        UserWarning, match=r"000000000100 is corrupt: .* step in \[50\]\. Going on from step 50"
+    ):
+        resumed = resume(out)
+    assert bits(resumed.state) == bits(expected.state)
+    for step in (50, 100):
+        (out / "checkpoints" / f"{step:012d}" / "metadata.json").write_text("garbage")
+    with pytest.raises(CheckpointError, match="000000000100 is corrupt"):
+        resume(out)
+
+
+def test_a_run_without_a_checkpoint_starts_over(tmp_path):
+    out = tmp_path / "run"
+    expected = run(out)
+    checkpoint._discard(out / "checkpoints" / f"{100:012d}")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint yet\. .* jrl resume"):
+        driver.load(out, algorithm=fake, env=ENV)
+    assert bits(resume(out).state) == bits(expected.state)
+
+
+def test_a_run_of_objects_needs_them_again(tmp_path):
+    run(tmp_path / "run", eval_episodes=0)
+    with pytest.raises(RunError, match=r"given its algorithm \(fake_algorithm\) as an object, .* algorithm="):
+        driver.resume(tmp_path / "run")
+    with pytest.raises(RunError, match=r"given its environment \(Fake-v0\) as an object, .* env="):
+        driver.resume(tmp_path / "run", algorithm=fake)
+    algo = fake.make(ENV, fake.Config())
+    out = tmp_path / "ready-made"
+    hparams = fake.HParams(learning_rate=0.3)
+    driver.run(algo, ENV, hparams=hparams, env_steps=80, out=out, eval_episodes=0, progress="none")
+    more = driver.resume(out, 160, algorithm=algo, env=ENV, hparams=fake.HParams(), progress="none")
+    assert float(more.hparams.learning_rate) == pytest.approx(0.3)
+    with pytest.raises(TypeError, match=r"ready-made Algorithm is run with its own hparams"):
+        driver.run(algo, ENV, env_steps=80)
+
+
+def test_another_version_is_told(tmp_path):
+    out = tmp_path / "run"
+    run(out, eval_episodes=0)
+    record = json.loads((out / "run.json").read_text())
+    record["versions"]["jax"] = "0.1"
+    records.write_json(out / "run.json", record)
+    with pytest.warns(RunWarning, match=rf"other versions \(jax 0\.1 -> {jax.__version__}\)"):
+        resume(out)
+    record["hparams"]["new"] = 1.0
+    record["versions"]["jax"] = jax.__version__
+    records.write_json(out / "run.json", record)
+    with pytest.raises(RunError, match=r"hyperparameters in run\.json are not those of this version: new"):
+        resume(out)
+
+
+# ---------------------------------------------------------------------------------------- interruption
+
+
+class Interrupt(Recorder):
+    """Sends this process a signal as soon as the first chunk is logged."""
+
+    def __init__(self, number=signal.SIGINT):
+        super().__init__()
+        self.number = number
+
+    def write(self, env_steps, metrics):
+        if not self.rows:
+            signal.raise_signal(self.number)
+        super().write(env_steps, metrics)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_is_continued_bit_for_bit(tmp_path, number):
+    out = tmp_path / "run"
+    handler = signal.getsignal(number)
+    result = run(out, loggers=[Interrupt(number)])
+    assert signal.getsignal(number) is handler
+    assert result.interrupted
+    assert result.summary["evaluation"] is None
+    trained = result.summary["env_steps"]
+    assert 8 <= trained <= 24
+    assert checkpoint.latest_step(out / "checkpoints") == trained // 8
+    assert records.read_summary(out)["interrupted"] is True
+    resumed = resume(out)
+    assert not resumed.interrupted
+    assert records.read_summary(out)["interrupted"] is False
+    assert bits(resumed.state) == bits(run().state)
+
+
+def test_a_second_interrupt_aborts_at_once(tmp_path):
+    class Twice(Recorder):
+        def write(self, env_steps, metrics):
+            super().write(env_steps, metrics)
+            if env_steps == 400:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    logger = Twice()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", loggers=[logger], checkpoint_every=160, checkpoint_seconds=None)
+    assert logger.closed == 1
+    assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 40
+    assert bits(resume(tmp_path / "run").state) == bits(run().state)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(eval_episodes=0)))
+    thread.start()
+    thread.join()
+    assert results[0].summary["env_steps"] == 800
+
+
+def test_waiting_handles_signals_in_small_naps():
+    class Slow:
+        until = time.monotonic() + 0.2
+
+        def is_ready(self):
+            return time.monotonic() > self.until
+
+    said = []
+    stop = interrupt.StopRequest(said.append)
+    stop.requested = True
+    interrupt.wait([Slow()], stop)
+    assert said == ["stopping after this chunk; press Ctrl-C again to abort at once"]
+    Slow.until = time.monotonic() + 100
+    interrupt.wait([Slow()], stop, leave_early=True)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_used_folder_is_refused_and_overwrite_replaces_it(tmp_path):
+    out = tmp_path / "run"
+    run(out, eval_episodes=0)
+    before = (out / "run.json").read_text()
+    with pytest.raises(
+        RunError, match=rf"run folder {out} already holds a run\. .* `jrl resume {out}`, .*--over"
+    ):
+        run(out)
+    assert (out / "run.json").read_text() == before
+    run(out, seed=9, overwrite=True, env_steps=80, eval_episodes=0)
+    assert json.loads((out / "run.json").read_text())["seed"] == 9
+    assert len(records.read_metrics(out)) == 10
+    assert checkpoint.steps(out / "checkpoints") == [10]
+
+
+def test_a_folder_of_other_files_is_never_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        RunError, match=r"is not empty and holds no run \(found thesis\.tex\)\. .* another path"
+    ):
+        run(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "run"):
+        with pytest.raises(RunError, match=rf"run folder {path} cannot be made: {file} is not a folder\."):
+            run(path)
+    with pytest.raises(
+        RunError, match=r"run folder /proc/nothing cannot be written to: .*choose a path that"
+    ):
+        run("/proc/nothing")
+
+
+def test_a_failure_before_the_first_chunk_leaves_the_folder_free(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match=r"env_steps=80: the warm-up alone takes 100 .* pass more env_steps"):
+        run(out, env_steps=80, config={"warmup": 100})
+    result = run(out, env_steps=180, config={"warmup": 100}, eval_episodes=0)
+    assert result.summary["env_steps"] == 180
+    assert len(records.read_metrics(out)) == 10
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    out = tmp_path / "run"
+    run(out, eval_episodes=0)
+    with (
+        records.locked(out),
+        pytest.raises(RunError, match=r"is in use by another process\. Only one may write"),
+    ):
+        resume(out, 1600)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"env_steps": 0}, ValueError, r"env_steps=0: must be at least 1"),
+        ({"env_steps": 1e5}, TypeError, r"env_steps=100000\.0: expected an integer"),
+        ({"seed": -1}, ValueError, r"seed=-1: must be at least 0"),
+        ({"seed": 2**32}, ValueError, r"seed=4294967296: must be below 2\*\*32"),
+        ({"keep": 0}, ValueError, r"keep=0: must be at least 1"),
+        ({"checkpoint_every": 0}, ValueError, r"checkpoint_every=0: must be at least 1"),
+        ({"checkpoint_seconds": 0}, ValueError, r"checkpoint_seconds=0: must be positive, or None"),
+        ({"config": {"num_env": 3}}, ValueError, r"config has no field 'num_env'\. Nearest: num_envs\. "),
+        ({"config": {"num_envs": 0}}, ValueError, r"num_envs=0: must be at least 1\."),
+        ({"config": 3}, TypeError, r"config=3: expected a Config, a mapping"),
+        ({"hparams": {"lr": 3}}, ValueError, r"hparams has no field 'lr'\. Its fields are: .*learning_rate"),
+        ({"hparams": {"learning_rate": "high"}}, TypeError, r"learning_rate='high' is not a number"),
+        ({"progress": "dots"}, ValueError, r"progress='dots': expected one of \['bar', 'lines', 'none'\]"),
+    ],
+)
+def test_bad_values_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        run(**change)
+
+
+def test_unknown_names_come_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown algorithm 'pppo'\. Nearest: ppo\. "):
+        driver.run("pppo", ENV, env_steps=8)
+    with pytest.raises(ValueError, match=r"Unknown environment id 'CartPol-v1'\. Nearest: CartPole-v1"):
+        driver.run(fake, "CartPol-v1", env_steps=8)
+    with pytest.raises(TypeError, match=r"has no make, Config, HParams\. Pass one of the names"):
+        driver.run(3, ENV, env_steps=8)
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json\. A run folder is what"):
+        driver.resume(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunError, match=r"does not say format 'jrl-run-1': something else wrote it"):
+        driver.resume(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json cannot be read"):
+        driver.resume(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
+        records.read_metrics(tmp_path)
