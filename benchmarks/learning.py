@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py ppo-cartpole dqn-cartpole --seeds 10
     python benchmarks/learning.py --list
+    python benchmarks/learning.py --table
 
 Each row trains every seed in turn, evaluates the final parameters greedily over 100 episodes with keys of
 their own, and writes ``benchmarks/results/learning-<row>.json``: settings, versions, device, commit, one
@@ -28,6 +29,8 @@ import numpy as np
 import jrl
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+TABLE_START, TABLE_END = "<!-- learning-table:start -->", "<!-- learning-table:end -->"
 CURVE_POINTS = 50
 EVAL_SEED = 10_000  # evaluation keys are those of seeds that no training uses
 
@@ -47,6 +50,20 @@ class Row:
 ROWS = {
     "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
     "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
+    "ppo-pendulum": Row(
+        "ppo",
+        "Pendulum-v1",
+        1_000_000,
+        -160.0,
+        {
+            "num_envs": 32,
+            "num_epochs": 10,
+            "num_minibatches": 32,
+            "normalize_rewards": True,
+            "clip_value": False,
+        },
+        {"learning_rate": 5e-4, "anneal_env_steps": 1e6, "gamma": 0.95, "entropy_coef": 0.0},
+    ),
     "ppo-mountaincar-continuous": Row(
         "ppo",
         "MountainCarContinuous-v0",
@@ -152,6 +169,32 @@ def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:
     }
 
 
+def table() -> str:
+    """Return the README's table, made from the records alone."""
+    lines = [
+        "| Algorithm | Environment | Environment steps | Seeds | Return, IQM [95 % interval] | Worst seed | Goal |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in ROWS:
+        path = RESULTS / f"learning-{name}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        low, high = record["iqm_interval_95"]
+        lines.append(
+            f"| {record['algorithm'].upper()} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
+            f"| {record['iqm']:.1f} [{low:.1f}, {high:.1f}] | {record['worst']:.1f} | {record['goal']:g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def insert_table(readme: str) -> str:
+    """Return the README's text with the table of the records between its two markers."""
+    before, rest = readme.split(TABLE_START)
+    _, after = rest.split(TABLE_END)
+    return before + TABLE_START + "\n" + table() + TABLE_END + after
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,7 +204,11 @@ def main() -> None:
     parser.add_argument("--env-steps", type=int, help="instead of the row's own, for a quick look")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true", help="write the table of the records into the README")
     arguments = parser.parse_args()
+    if arguments.table:
+        README.write_text(insert_table(README.read_text()))
+        return
     unknown = sorted(set(arguments.rows) - set(ROWS))
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}: choose from {', '.join(ROWS)}")

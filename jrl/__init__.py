@@ -47,6 +47,9 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Box": ("jrl.types", "Box"),
 }
 
+# The algorithms by name: an export is all the command needs to know one.
+_ALGORITHMS = {name: module for name, (module, _) in _EXPORTS.items() if module.startswith("jrl.algos.")}
+
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 

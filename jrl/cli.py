@@ -16,7 +16,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jrl import __version__, xla
+from jrl import _ALGORITHMS, __version__, xla
 from jrl.records import RunWarning
 
 HELP = """\
@@ -104,7 +104,8 @@ def train(args: Sequence[str]) -> int:
     if not args or args[0].startswith("-"):
         print(
             "usage: jrl train ALGORITHM --env ID [--env-steps N] [--seed N] [--out FOLDER] [...]\n\n"
-            "ALGORITHM is ppo or dqn. `jrl train ppo --help` lists every setting of PPO with its default."
+            f"ALGORITHM is {' or '.join(_ALGORITHMS)}. `jrl train ppo --help` lists every setting of "
+            "PPO with its default."
         )
         return 0 if args and args[0] in ("-h", "--help") else 2
     from jrl import configuration, flags

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl import _ALGORITHMS
 from jrl.records import RunError, plain
 from jrl.types import Algorithm, Environment, PyTree
 
-ALGORITHMS = {"ppo": "jrl.algos.ppo", "dqn": "jrl.algos.dqn"}
+ALGORITHMS = _ALGORITHMS
 """Name on the command line and in ``run.json`` -> module with ``make``, ``Config`` and ``HParams``."""
 
 

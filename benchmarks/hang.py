@@ -1,0 +1,100 @@
+"""Does a vmapped training program hang under XLA's default CPU settings, and under jrl's?
+
+    python benchmarks/hang.py --runs 10
+
+Starts fresh processes, each of which compiles and runs eight vmapped PPO members several times, under XLA's
+defaults and under ``jrl.xla.configure``; one that has not finished within the limit has hung (it then uses no
+CPU). Appends one JSON line a process to ``benchmarks/results/hang.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jrl import xla
+
+RESULTS = Path(__file__).parent / "results"
+
+PROGRAM = """
+import jax, jrl
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+algo = jrl.ppo.make(jrl.make("CartPole-v1"), jrl.ppo.Config(num_envs={num_envs}, unroll_length=128))
+hparams = jrl.ppo.HParams()
+def member(key):
+    return jrl.train(algo, algo.init(key, hparams), hparams, num_steps={num_steps})[1]
+run = jax.vmap(member)
+if jax.device_count() > 1:
+    mesh, members = Mesh(np.array(jax.devices()), ("members",)), PartitionSpec("members")
+    run = jax.shard_map(run, mesh=mesh, in_specs=members, out_specs=members, check_vma=False)
+run = jax.jit(run)
+for seed in range({repeats}):
+    jax.block_until_ready(run(jax.random.split(jax.random.key(seed), 8)))
+"""
+
+
+def environment(setting: str) -> dict[str, str]:
+    """Return the environment variables of one setting."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
+    if setting == "two devices, configured":
+        xla.configure(environ, num_devices=2)
+    elif setting == "configured":
+        xla.configure(environ)
+    return environ
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=10, help="processes for each setting and size")
+    parser.add_argument("--settings", nargs="+", default=["default", "configured", "two devices, configured"])
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a process has hung")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", default=["4x50", "64x5"], help="environments × calls of step")
+    parser.add_argument("--out", type=Path, default=RESULTS / "hang.jsonl")
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for run in range(arguments.runs):
+        for size in arguments.sizes:
+            num_envs, num_steps = size.split("x")
+            program = PROGRAM.format(num_envs=num_envs, num_steps=num_steps, repeats=arguments.repeats)
+            for setting in arguments.settings:
+                environ = environment(setting)
+                start = time.perf_counter()
+                try:
+                    subprocess.run(
+                        [sys.executable, "-c", program], env=environ, check=True, timeout=arguments.limit
+                    )
+                    hung = False
+                except subprocess.TimeoutExpired:
+                    hung = True
+                record = {
+                    "setting": setting,
+                    "hung": hung,
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "run": run,
+                    "num_envs": int(num_envs),
+                    "num_steps": int(num_steps),
+                    "repeats": arguments.repeats,
+                    "NPROC": environ.get("NPROC"),
+                    "XLA_FLAGS": environ.get("XLA_FLAGS"),
+                    "cores": len(os.sched_getaffinity(0)),
+                    "jaxlib": importlib.metadata.version("jaxlib"),
+                    "python": platform.python_version(),
+                }
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print(f"{setting:28} {size:6} {'HUNG' if hung else 'ran'} {record['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What the README says was measured is what the records say."""
+
+import json
+from pathlib import Path
+
+import learning
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_table_is_generated_from_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert learning.insert_table(readme) == readme, "run: python benchmarks/learning.py --table"
+
+
+def test_every_record_follows_from_its_seeds():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("learning-*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        finals = np.array([seed["return_mean"] for seed in record["records"]])
+        assert len(finals) == record["seeds"]
+        assert record["iqm"] == round(learning.interquartile_mean(finals), 2)
+        assert record["worst"] == finals.min()
+        row = learning.ROWS[record["row"]]
+        assert record["goal"] == row.goal
+        assert record["env_steps"] == row.env_steps
+        assert record["config"] == json.loads(json.dumps(row.config))
+        assert record["hparams"] == row.hparams
+
+
+def test_interquartile_mean():
+    assert learning.interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0])) == 1.5
+    # Ten values: two and a half are cut from each end.
+    assert learning.interquartile_mean(np.arange(10.0)) == pytest.approx(4.5)
+    assert learning.interquartile_mean(np.array([3.0])) == 3.0
+    values = np.array([5.0, 1.0, 9.0, 2.0, 7.0])
+    # Weights of 5 values: 1.25 off each end, so 0, 0.75, 1, 0.75, 0.
+    assert learning.interquartile_mean(values) == pytest.approx((0.75 * 2 + 5 + 0.75 * 7) / 2.5)
