@@ -279,6 +279,7 @@ def _train(
     progress_kind: str | None,
 ) -> RunResult:
     """Compile, train to the end, evaluate, write the summary."""
+    _warn_of_zero_step_size(setup, record["env_steps"])
     show = progress.choose(progress_kind)
     for logger in loggers:
         if isinstance(logger, loggers_.WandbLogger) and logger.run_id is None:
@@ -339,6 +340,18 @@ def _plot(folder: Path) -> None:
 
     if any(row.get("episode_return") is not None for row in records.read_metrics(folder)):
         plots.learning_curve(folder, out=folder / records.CURVE)
+
+
+def _warn_of_zero_step_size(setup: Setup, env_steps: int) -> None:
+    numbers = configuration.named_leaves(setup.hparams)
+    anneal = float(numbers.get("anneal_env_steps", 0.0))
+    if 0.0 < anneal < env_steps and float(numbers.get("learning_rate_end", 1.0)) <= 0.0:
+        warnings.warn(
+            f"the learning rate is 0 from env step {anneal:,.0f} on, and the run has {env_steps:,}: nothing is "
+            f"learned after that. Set anneal_env_steps={env_steps}, or learning_rate_end above 0.",
+            RunWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_other_versions(record: Mapping[str, Any]) -> None:

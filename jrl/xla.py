@@ -49,8 +49,9 @@ def diagnose(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _pool_can_hang(environ: Mapping[str, str]) -> bool:
-    # One core, one thread and jaxlib 0.11 run; only a small pool of several threads hangs.
-    return _jaxlib() < (0, 11) and 1 < _pool_size(environ) < _threads_needed(environ)
+    # jaxlib 0.11 runs, and so does a pool of one thread under one device: it computes where it is called.
+    one_of_each = _pool_size(environ) == 1 and _num_devices(environ) == 1
+    return _jaxlib() < (0, 11) and not one_of_each and _pool_size(environ) < _threads_needed(environ)
 
 
 def _pool_size(environ: Mapping[str, str]) -> int:
@@ -59,8 +60,12 @@ def _pool_size(environ: Mapping[str, str]) -> int:
 
 
 def _threads_needed(environ: Mapping[str, str]) -> int:
+    return max(SAFE_THREADS, THREADS_PER_DEVICE * _num_devices(environ))
+
+
+def _num_devices(environ: Mapping[str, str]) -> int:
     match = re.search(r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", ""))
-    return max(SAFE_THREADS, THREADS_PER_DEVICE * int(match[1]) if match else 0)
+    return int(match[1]) if match else 1
 
 
 def _jaxlib() -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import checkpoint, driver, interrupt, loop, records
+from jrl import checkpoint, configuration, driver, interrupt, loop, records
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -480,3 +480,12 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         records.read_metrics(tmp_path)
+
+
+def test_a_run_longer_than_its_annealing_is_told():
+    setup = configuration.build("ppo", "CartPole-v1", hparams={"anneal_env_steps": 1000.0})
+    with pytest.warns(RunWarning, match="learning rate is 0 from env step 1,000 on, and the run has 5,000"):
+        driver._warn_of_zero_step_size(setup, 5000)
+    driver._warn_of_zero_step_size(setup, 1000)  # no warning: those are errors here
+    constant = configuration.build("ppo", "CartPole-v1", hparams={"anneal_env_steps": 0.0})
+    driver._warn_of_zero_step_size(constant, 5000)

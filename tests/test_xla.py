@@ -1,0 +1,106 @@
+import re
+
+import pytest
+
+from jrl import xla
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to be a machine with this jaxlib and so many cores."""
+
+    def pretend(jaxlib, cores):
+        monkeypatch.setattr(xla.importlib.metadata, "version", lambda name: {"jaxlib": jaxlib}[name])
+        monkeypatch.setattr(xla, "_cores", lambda: cores)
+
+    return pretend
+
+
+@pytest.mark.parametrize("jaxlib", ["0.11.0", "0.11.2", "0.12.0.dev20270101", "1.0.0"])
+@pytest.mark.parametrize("cores", [1, 2, 3, 64])
+def test_newer_jaxlib_needs_nothing(machine, jaxlib, cores):
+    machine(jaxlib, cores)
+    environ = {}
+    xla.configure(environ)
+    assert environ == {}
+    assert xla.diagnose(environ) == []
+
+
+@pytest.mark.parametrize("jaxlib", ["0.10.2", "0.10.0.dev20260101", "0.9.1"])
+@pytest.mark.parametrize(("cores", "threads"), [(1, None), (2, "4"), (3, "4"), (4, None), (16, None)])
+def test_a_small_pool_of_older_jaxlib_becomes_four_threads(machine, jaxlib, cores, threads):
+    machine(jaxlib, cores)
+    environ = {}
+    assert len(xla.diagnose(environ)) == (threads is not None)
+    xla.configure(environ)
+    assert environ == ({} if threads is None else {"NPROC": threads})
+    assert xla.diagnose(environ) == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "threads"),
+    [(1, 1, None), (2, 1, "4"), (2, 2, "4"), (8, 2, "16"), (8, 12, "16"), (8, 16, None)],
+)
+def test_two_threads_for_each_device(machine, devices, cores, threads):
+    machine("0.10.2", cores)
+    environ = {}
+    xla.configure(environ, num_devices=devices)
+    assert environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count={devices}"
+    assert environ.get("NPROC") == threads
+    assert xla.diagnose(environ) == []
+
+
+def test_devices_the_user_asked_for_count_too(machine):
+    machine("0.10.2", 4)
+    environ = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"}
+    xla.configure(environ)
+    assert environ["NPROC"] == "8"
+    assert environ["XLA_FLAGS"].endswith("device_count=4")
+
+
+def test_the_number_of_devices_replaces_an_older_one_and_leaves_other_flags(machine):
+    machine("0.11.2", 2)
+    environ = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_dump_to=/tmp/x"}
+    xla.configure(environ, num_devices=8)
+    assert environ["XLA_FLAGS"].split() == [
+        "--xla_dump_to=/tmp/x",
+        "--xla_force_host_platform_device_count=8",
+    ]
+    assert "NPROC" not in environ
+    xla.configure(environ, num_devices=8)
+    assert environ["XLA_FLAGS"].count("device_count") == 1
+
+
+@pytest.mark.parametrize("nproc", ["1", "2", "3", "4", "32"])
+def test_what_the_user_set_stays(machine, nproc):
+    machine("0.10.2", 2)
+    environ = {"NPROC": nproc}
+    xla.configure(environ)
+    assert environ == {"NPROC": nproc}
+    assert bool(xla.diagnose(environ)) == (nproc in ("2", "3"))
+
+
+@pytest.mark.parametrize("nproc", ["", "0", "many"])
+def test_a_setting_xla_cannot_read_counts_as_the_cores(machine, nproc):
+    machine("0.10.2", 2)
+    assert xla.diagnose({"NPROC": nproc})[0].startswith("XLA's CPU pool has 2 threads")
+
+
+def test_the_warning_says_what_and_how(machine):
+    machine("0.10.2", 2)
+    (warning,) = xla.diagnose({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"})
+    assert "has 2 threads" in warning
+    assert "jaxlib 0.10.2 can hang with fewer than 6" in warning
+    assert "set NPROC=6 in the environment before jax is imported" in warning
+    assert "jaxlib 0.11 (Python 3.12)" in warning
+
+
+def test_the_suite_itself_runs_under_safe_settings():
+    import os
+
+    assert "NPROC" in os.environ or xla.diagnose(os.environ) == []
+    assert re.search(r"device_count=8\b", os.environ["XLA_FLAGS"])
+
+
+def test_the_cores_of_this_machine():
+    assert xla._cores() >= 1
