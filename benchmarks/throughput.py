@@ -1,0 +1,450 @@
+"""Throughput of jrl alone: whole trainings, compile time, and DQN's time per step over replay capacity.
+
+    python benchmarks/throughput.py ppo --num-envs 64 --unroll-length 128 --core 0
+    python benchmarks/throughput.py dqn --num-envs 10 --core 0
+    python benchmarks/throughput.py compile --algorithm ppo --core 0
+    python benchmarks/throughput.py dqn-capacity --core 0
+
+A repeat is a whole training from a fresh key, initialisation and (DQN) warm-up included, compiled beforehand
+and timed until its results are ready. Each command appends one JSON line to ``benchmarks/results/``, raw
+repeats included. ``against_peers.py`` measures the same work next to other libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+EVAL_EPISODES = 128
+EVAL_SEED = 10_000  # evaluation keys are those of seeds that no training uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one repeat computes; everything a peer needs to know to do the same."""
+
+    algorithm: str
+    env: str = "CartPole-v1"
+    env_steps: int = 262_144
+    num_envs: int = 64
+    unroll_length: int = 128
+    num_epochs: int = 4
+    num_minibatches: int = 4
+    batch_size: int = 128
+    capacity: int = 10_000
+    warmup_env_steps: int = 10_000
+    learning_rate: float = 2.5e-4
+
+    @property
+    def target_period(self) -> int:
+        """Environment steps between two target copies: about 500, and a multiple of one round's steps."""
+        return self.num_envs * max(1, 500 // self.num_envs)
+
+
+DEFAULTS = {
+    "ppo": Work("ppo"),
+    "dqn": Work("dqn", env_steps=100_000, num_envs=10, unroll_length=1),
+}
+
+
+# ------------------------------------------------------------------------------------------ what is measured
+
+
+def build(work: Work) -> tuple[Any, Any, Any, int]:
+    """Return ``(env, algo, hparams, num_steps)`` of jrl for ``work``; the peers' own settings, nothing tuned."""
+    import jax
+    import numpy as np
+    import optax
+
+    import jrl
+
+    env = jrl.make(work.env)
+    if work.algorithm == "ppo":
+        config = jrl.ppo.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            num_epochs=work.num_epochs,
+            num_minibatches=work.num_minibatches,
+        )
+        hparams = jrl.ppo.HParams(learning_rate=work.learning_rate, anneal_env_steps=work.env_steps)
+        algo, warmup = jrl.ppo.make(env, config), 0
+    else:
+        config = jrl.dqn.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            batch_size=work.batch_size,
+            capacity=work.capacity,
+            warmup_env_steps=work.warmup_env_steps,
+            double=False,
+        )
+        hparams = jrl.dqn.HParams(
+            learning_rate=work.learning_rate,
+            epsilon_env_steps=work.env_steps / 2,
+            target_period=work.target_period,
+        )
+
+        # Plain Adam: the DQN this is compared with clips no gradients.
+        def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
+            return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
+
+        algo = jrl.dqn.make(env, config, optimizer=adam)
+        warmup = -(-work.warmup_env_steps // algo.env_steps_per_step) * algo.env_steps_per_step
+    if (work.env_steps - warmup) % algo.env_steps_per_step or work.env_steps <= warmup:
+        raise ValueError(
+            f"env_steps={work.env_steps}: must exceed the warm-up of {warmup} by a multiple of "
+            f"{algo.env_steps_per_step}, so that all that are compared take the same number of steps."
+        )
+    # Arrays, not Python numbers: jit must not fold them into the program as constants.
+    hparams = jax.tree.map(np.float32, hparams)
+    return env, algo, hparams, (work.env_steps - warmup) // algo.env_steps_per_step
+
+
+class Training:
+    """A compiled whole training of jrl; each :meth:`repeat` runs it once more, with another seed."""
+
+    def __init__(self, work: Work) -> None:
+        import jax
+
+        import jrl
+
+        self.env, self.algo, self.hparams, num_steps = build(work)
+        self.work = work
+
+        def train(key: Any, hparams: Any) -> Any:
+            return jrl.train(self.algo, self.algo.init(key, hparams), hparams, num_steps=num_steps)
+
+        began = time.perf_counter()
+        lowered = jax.jit(train).lower(jax.random.key(0), self.hparams)
+        self.lower_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - began
+
+    def repeat(self, seed: int) -> dict[str, float]:
+        """Train once; return seconds, env steps/s and the greedy return of what was learned."""
+        import jax
+        import numpy as np
+
+        import jrl
+
+        key = jax.random.key(seed)
+        (state, _), seconds, cpu_seconds = timed(lambda: self.compiled(key, self.hparams))
+        stats = jrl.evaluate(
+            jax.random.key(EVAL_SEED + seed), self.env, self.algo.policy(state), num_episodes=EVAL_EPISODES
+        )
+        return {
+            "seed": seed,
+            "seconds": round(seconds, 5),
+            "cpu_seconds": round(cpu_seconds, 5),
+            "env_steps_per_second": round(self.work.env_steps / seconds, 1),
+            "episode_return": round(float(np.mean(stats.episode_return)), 2),
+        }
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Return ``function()`` once it is ready, with its wall-clock and processor seconds.
+
+    Processor time does not count what other processes took of the core, so that it tells a disturbed repeat.
+    """
+    import jax
+
+    began, cpu_began = time.perf_counter(), time.process_time()
+    result = jax.block_until_ready(function())
+    return result, time.perf_counter() - began, time.process_time() - cpu_began
+
+
+# ------------------------------------------------------------------------------------------------- records
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, interquartile range relative to it, minimum and maximum."""
+    median = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {
+        "median": round(median, 4),
+        "iqr": round((high - low) / median, 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Keep this process and its children on ``cores``. Call it before jax is imported."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+        # One core, one thread; with more, the pool size at which nothing hangs (see jrl.xla).
+        os.environ["NPROC"] = str(1 if len(cores) == 1 else max(4, len(cores)))
+
+
+def machine() -> dict[str, Any]:
+    """Return what a record says about where it was taken; in the process that measures."""
+    import jax
+
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "python": platform.python_version(),
+        **versions("jax", "jaxlib", "flax", "optax", "gymnax", "jrl-kernels"),
+        "device": str(jax.devices()[0]),
+        "device_kind": jax.devices()[0].device_kind,
+        "cpu": cpu,
+        "precision": "float32",
+        "matmul_precision": str(jax.config.jax_default_matmul_precision or "default"),
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "NPROC": os.environ.get("NPROC"),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+    }
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Return the installed version of each distribution that is installed."""
+    import importlib.metadata as metadata
+
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path) -> str | None:
+    """Return the short commit of a checkout, with ``+`` where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "") or None
+
+
+def load() -> list[float] | None:
+    """Return the load averages: a record taken on a busy machine should say so."""
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def header(name: str, work: Work) -> dict[str, Any]:
+    """Return the fields that every record begins with."""
+    return {
+        "benchmark": name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(Path(__file__).parent),
+        "work": dataclasses.asdict(work),
+        "load": load(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def measure_training(work: Work, repeats: int) -> dict[str, Any]:
+    """Time ``repeats`` whole trainings, after one that warms up."""
+    training = Training(work)
+    training.repeat(0)
+    rows = [training.repeat(1 + i) for i in range(repeats)]
+    return {
+        **header(work.algorithm, work),
+        "env_steps_per_second": spread([row["env_steps_per_second"] for row in rows]),
+        "episode_return": spread([row["episode_return"] for row in rows]),
+        "lower_seconds": round(training.lower_seconds, 3),
+        "compile_seconds": round(training.compile_seconds, 3),
+        "temporary_bytes": training.compiled.memory_analysis().temp_size_in_bytes,
+        "machine": machine(),
+        "repeats": rows,
+    }
+
+
+def measure_capacity(work: Work, capacities: Sequence[int], steps: int, repeats: int, fill: bool) -> dict:
+    """Time DQN's steps at two capacities in turn; the ratio is that of each pair.
+
+    The state is donated from call to call, as the driver does, so that the replay is updated in place.
+    ``fill`` begins with a full replay at both capacities instead of with an equal warm-up: then the larger
+    one has outgrown the processor's caches.
+    """
+    import jax
+
+    import jrl
+
+    works, runs, states, compiled = [], [], [], []
+    for capacity in capacities:
+        warmup = capacity if fill else work.warmup_env_steps
+        one = dataclasses.replace(work, capacity=capacity, warmup_env_steps=warmup)
+        one = dataclasses.replace(one, env_steps=-(-warmup // one.num_envs) * one.num_envs + one.num_envs)
+        _, algo, hparams, _ = build(one)
+        state = jax.jit(algo.init)(jax.random.key(0), hparams)
+
+        def chunk(state: Any, hparams: Any, algo: Any = algo) -> Any:
+            return jrl.train(algo, state, hparams, num_steps=steps)
+
+        compiled.append(jax.jit(chunk, donate_argnums=0).lower(state, hparams).compile())
+        runs.append(lambda state, run=compiled[-1], hparams=hparams: run(state, hparams))
+        states.append(state)
+        works.append(one)
+    pairs, cpu_pairs = [], []
+    for pair in range(repeats + 1):
+        seconds, cpu_seconds = [], []
+        for which, run in enumerate(runs):
+            (states[which], _), wall, cpu = timed(lambda run=run, which=which: run(states[which]))
+            seconds.append(wall)
+            cpu_seconds.append(cpu)
+        if pair > 0:  # the first warms up
+            pairs.append([round(wall / steps * 1e6, 3) for wall in seconds])
+            cpu_pairs.append([round(cpu / steps * 1e6, 3) for cpu in cpu_seconds])
+    return {
+        **header("dqn-capacity", work),
+        "capacities": list(capacities),
+        "full": fill,
+        "warmup_env_steps": [one.warmup_env_steps for one in works],
+        "steps": steps,
+        "microseconds_per_step": [spread(column) for column in zip(*pairs, strict=True)],
+        "ratio": spread([large / small for small, large in pairs]),
+        "cpu_ratio": spread([large / small for small, large in cpu_pairs]),
+        "replay_bytes": [
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state.replay.storage)) for state in states
+        ],
+        "temporary_bytes": [one.memory_analysis().temp_size_in_bytes for one in compiled],
+        "machine": machine(),
+        "pairs": pairs,
+        "cpu_pairs": cpu_pairs,
+    }
+
+
+def compile_once(work: Work) -> dict[str, Any]:
+    """Lower and compile the training in this process; with a cache only if the environment names one."""
+    began = time.perf_counter()
+    import jax
+
+    import jrl
+
+    jrl.ppo, jrl.dqn  # noqa: B018 - lazy: importing them is not compiling
+    jax.devices()
+    import_seconds = time.perf_counter() - began
+    training = Training(work)
+    return {
+        "import_seconds": round(import_seconds, 3),
+        "lower_seconds": round(training.lower_seconds, 3),
+        "compile_seconds": round(training.compile_seconds, 3),
+        "machine": machine(),
+    }
+
+
+def measure_compile(work: Work, repeats: int) -> dict[str, Any]:
+    """Compile in fresh processes: cold, and again with the persistent cache that the cold one has filled."""
+    rows = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            environ = {
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "JAX_ENABLE_COMPILATION_CACHE": "true",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            }
+            command = [sys.executable, __file__, "--compile-once", json.dumps(dataclasses.asdict(work))]
+            both = []
+            for _ in ("cold", "cached"):
+                out = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+                both.append(json.loads(out.stdout.splitlines()[-1]))
+            rows.append(dict(zip(("cold", "cached"), both, strict=True)))
+    summary = {
+        f"{which}_{field}": spread([row[which][field] for row in rows])
+        for which in ("cold", "cached")
+        for field in ("lower_seconds", "compile_seconds", "import_seconds")
+    }
+    where = rows[-1]["cold"]["machine"]
+    for row in rows:
+        for one in row.values():
+            del one["machine"]
+    return {**header("compile", work), **summary, "machine": where, "repeats": rows}
+
+
+def add_work_flags(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(Work):
+        if field.name != "algorithm":
+            kind = {"str": str, "int": int, "float": float}[field.type]
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind)
+
+
+def work_from(arguments: argparse.Namespace, algorithm: str) -> Work:
+    """Return the algorithm's default work with what the flags change."""
+    changed = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(Work)
+        if field.name != "algorithm" and getattr(arguments, field.name) is not None
+    }
+    return dataclasses.replace(DEFAULTS[algorithm], **changed)
+
+
+def cores(text: str) -> list[int]:
+    """Parse ``0`` or ``0,1``."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("ppo", "dqn", "compile", "dqn-capacity"))
+    add_work_flags(parser)
+    parser.add_argument("--algorithm", choices=tuple(DEFAULTS), default="ppo", help="for compile")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
+    parser.add_argument("--capacities", type=int, nargs=2, default=[10_000, 1_000_000])
+    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-capacity: steps of a repeat")
+    parser.add_argument("--fill", action="store_true", help="for dqn-capacity: begin with full replays")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--compile-once", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.compile_once:
+        print(json.dumps(compile_once(Work(**json.loads(arguments.compile_once)))))
+        return
+    if arguments.what is None:
+        parser.error("say what to measure: ppo, dqn, compile or dqn-capacity")
+    pin(arguments.core)
+    from jrl import xla
+
+    xla.configure()
+    if arguments.what == "dqn-capacity":
+        work = work_from(arguments, "dqn")
+        record = measure_capacity(
+            work, arguments.capacities, arguments.steps, arguments.repeats, arguments.fill
+        )
+        print(f"ratio {record['ratio']}, of processor time {record['cpu_ratio']}")
+        name = "dqn-capacity"
+    elif arguments.what == "compile":
+        record = measure_compile(work_from(arguments, arguments.algorithm), arguments.repeats)
+        print({key: value for key, value in record.items() if key.endswith("_seconds")})
+        name = f"compile-{arguments.algorithm}"
+    else:
+        # Compile seconds are those of a first start: a cache of the user's would hide them.
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        record = measure_training(work_from(arguments, arguments.what), arguments.repeats)
+        print(f"env steps/s {record['env_steps_per_second']}  return {record['episode_return']}")
+        name = f"throughput-{arguments.what}"
+    append(arguments.out / f"{name}.jsonl", record)
+
+
+if __name__ == "__main__":
+    main()
