@@ -35,6 +35,7 @@ def start(key: Key, env: Environment, env_params: PyTree, num_envs: int, memory:
         memory: the policy's memory at the start of an episode, leaves ``[B, ...]``.
     """
     env_state, obs = env.reset(key, env_params)
+    obs = jax.tree.map(jnp.copy, obs)  # may be part of env_state: one buffer could not be donated twice
     return RolloutState(
         env_state, obs, memory, jnp.zeros((num_envs,), jnp.float32), jnp.zeros((num_envs,), jnp.int32)
     )
@@ -79,7 +80,7 @@ def unroll(
         state = RolloutState(
             env_state,
             time_step.obs,
-            _reset_memory(policy, memory, ended),
+            reset_memory(policy, memory, ended),
             jnp.where(ended, 0.0, episode_return),
             jnp.where(ended, 0, episode_length),
         )
@@ -107,7 +108,7 @@ def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) 
     any_ended = count > 0
 
     def mean(x: Array) -> Array:
-        return jnp.where(ended, x, 0).sum().astype(jnp.float32) / jnp.maximum(count, 1.0)
+        return jnp.where(ended, x, 0).astype(jnp.float32).sum() / jnp.maximum(count, 1.0)
 
     return {
         "num_episodes": count,
@@ -118,7 +119,8 @@ def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) 
     }
 
 
-def _reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:
+def reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:
+    """Return ``memory`` (leaves ``[B, ...]``) with its initial value where ``ended`` (bool ``[B]``)."""
     if not jax.tree.leaves(memory):
         return memory
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.rollout import reset_memory
 from jrl.types import Algorithm, Array, Environment, Key, Metrics, Policy, PyTree
 
 
@@ -109,11 +110,18 @@ def evaluate(
         max_steps: steps after which each environment stops, static; what it cut is marked in ``completed``.
 
     Raises:
+        TypeError: ``env`` or ``policy`` is not what it should be.
         ValueError: ``num_episodes``, ``num_envs`` or ``max_steps`` is below 1.
     """
     for name, value in (("num_episodes", num_episodes), ("num_envs", num_envs), ("max_steps", max_steps)):
         if value is not None and value < 1:
             raise ValueError(f"evaluate({name}={value}): must be at least 1.")
+    if not isinstance(env, Environment):
+        raise TypeError(f"evaluate(env={env!r}): no jrl Environment; build it with jrl.make.")
+    if not callable(policy):
+        raise TypeError(
+            f"evaluate(policy=<{type(policy).__name__}>): give algo.policy(state), or a function."
+        )
     if not isinstance(policy, Policy):
         policy = Policy(_call_without_params(policy))
     params = env.params if params is None else params
@@ -169,12 +177,7 @@ def _evaluate(
             table.episode_length.at[environments, slot].add(1, mode="drop"),
             table.completed.at[environments, slot].set(ended, mode="drop"),
         )
-        fresh = policy.init_memory((num_envs,))
-        memory = jax.tree.map(
-            lambda new, initial: jnp.where(ended.reshape(-1, *(1,) * (new.ndim - 1)), initial, new),
-            new_memory,
-            fresh,
-        )
+        memory = reset_memory(policy, new_memory, ended)
         return step + 1, played + (ended & (played < quota)), table, env_state, time_step.obs, memory
 
     played, memory = jnp.zeros((num_envs,), jnp.int32), policy.init_memory((num_envs,))

@@ -19,6 +19,7 @@ import optax
 from flax import struct
 
 from jrl import networks, ops, replay, rollout
+from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
@@ -79,9 +80,8 @@ class Config:
     """Normalise before each activation."""
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "unroll_length", "num_updates", "batch_size", "warmup_env_steps", "n_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        checks.sizes(self, "num_envs", "unroll_length", "num_updates", "batch_size", "capacity", "n_step")
+        checks.sizes(self, "warmup_env_steps")
         if self.capacity < self.batch_size:
             raise ValueError(
                 f"capacity={self.capacity} is smaller than batch_size={self.batch_size}: the replay must hold at "
@@ -169,10 +169,12 @@ def make(
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
 
     Raises:
-        TypeError: the actions are not Discrete, or ``network`` is no init/apply pair.
-        ValueError: ``network``'s width is not the number of actions, or it has a memory.
+        TypeError: ``env``, ``config`` or ``network`` is not what it should be, or the actions are not Discrete.
+        ValueError: ``env`` is vectorised already; ``network``'s width is not the number of actions, or it has a
+            memory.
     """
-    config = Config() if config is None else config
+    config = checks.config(config, Config)
+    checks.environment(env)
     if not isinstance(env.action, Discrete):
         raise TypeError(
             f"dqn on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
@@ -184,10 +186,9 @@ def make(
         if network is None
         else networks.as_network(network)
     )
-    network = networks.mask_aware(network, ops.masked)
+    checks.feed_forward(network, "dqn")
     networks.check_q_output(network, env.observation, env.action)
-    if jax.tree.leaves(network.init_memory(())):
-        raise ValueError("dqn.make(network=…) has a memory: this DQN replays single steps, not sequences.")
+    network = networks.mask_aware(network, ops.masked)
 
     block_steps = config.num_envs * config.unroll_length
     rows = replay.num_rows(config.capacity, config.num_envs, config.unroll_length)
@@ -211,6 +212,7 @@ def make(
         return start, transitions._replace(extras=()), metrics
 
     def init(key: Key, hparams: HParams) -> State:
+        checks.hparams(hparams, HParams)
         network_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
         env_params = env.params if hparams.env is None else hparams.env
         start = rollout.start(reset_key, envs, env_params, config.num_envs)
@@ -233,7 +235,8 @@ def make(
     def targets(state: State, sample: replay.Sample, hparams: HParams) -> Array:
         """``Σ_{j<k} γ^j r_j + γ^k (1 − terminated) max_a Q⁻(s_k, a)``, ``[N]``."""
         powers = hparams.gamma ** jnp.arange(config.n_step, dtype=jnp.float32)
-        reward = powers @ sample.rewards
+        # Not a matrix product, which an accelerator may round to TF32.
+        reward = (powers[:, None] * sample.rewards).sum(0)
         discount = hparams.gamma ** sample.length.astype(jnp.float32) * (1.0 - sample.terminated)
         next_q = action_values(state.target_params, sample.next_obs)
         if config.double:
@@ -305,6 +308,7 @@ def make(
         )
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
+        checks.hparams(hparams, HParams)
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
         env_steps = ops.counter.to_float(state.env_steps)
         epsilon = ops.linear_schedule(

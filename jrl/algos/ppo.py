@@ -19,6 +19,7 @@ import optax
 from flax import struct
 
 from jrl import networks, normalize, ops, rollout
+from jrl.algos import checks
 from jrl.envs import clip_action, vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
@@ -73,9 +74,7 @@ class Config:
     """Skip what is left of an update once a minibatch's KL exceeds target_kl."""
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "unroll_length", "num_epochs", "num_minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        checks.sizes(self, "num_envs", "unroll_length", "num_epochs", "num_minibatches")
         batch = self.num_envs * self.unroll_length
         if batch % self.num_minibatches:
             divisors = [n for n in range(1, min(batch, 256) + 1) if batch % n == 0]
@@ -84,6 +83,11 @@ class Config:
                 f"num_minibatches={self.num_minibatches} does not divide the batch of num_envs × unroll_length = "
                 f"{self.num_envs} × {self.unroll_length} = {batch}; use for instance "
                 f"{', '.join(map(str, sorted(nearest)))}."
+            )
+        if self.standardize_advantages and batch == self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} leaves one transition a minibatch, whose standardised "
+                "advantage is always 0; use fewer, or standardize_advantages=False."
             )
         check_torso(self)
 
@@ -159,10 +163,12 @@ def make(
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
 
     Raises:
-        TypeError: ``network`` is no init/apply pair.
-        ValueError: ``network``'s output does not fit the action space, or it has a memory.
+        TypeError: ``env``, ``config`` or ``network`` is not what it should be.
+        ValueError: ``env`` is vectorised already; ``network``'s output does not fit the action space, or it has
+            a memory.
     """
-    config = Config() if config is None else config
+    config = checks.config(config, Config)
+    checks.environment(env)
     distribution = networks.distribution(env.action)
     # The environment gets the clipped action, the loss the one that was drawn.
     envs = vectorize(clip_action(env) if isinstance(env.action, Box) else env, config.num_envs)
@@ -171,10 +177,9 @@ def make(
         if network is None
         else networks.as_network(network)
     )
-    network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
+    checks.feed_forward(network, "ppo")
     networks.check_policy_output(network, env.observation, env.action)
-    if jax.tree.leaves(network.init_memory(())):
-        raise ValueError("ppo.make(network=…) has a memory: this PPO shuffles single steps, not sequences.")
+    network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
 
     def normalized(statistics: PyTree, obs: PyTree) -> PyTree:
         return normalize.normalize(statistics, obs) if config.normalize_observations else obs
@@ -202,6 +207,7 @@ def make(
         return env.params if hparams.env is None else hparams.env
 
     def init(key: Key, hparams: HParams) -> State:
+        checks.hparams(hparams, HParams)
         network_key, reset_key, state_key = jax.random.split(key, 3)
         memory = network.init_memory((config.num_envs,))
         start = rollout.start(reset_key, envs, env_params(hparams), config.num_envs, memory)
@@ -288,6 +294,7 @@ def make(
         return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
+        checks.hparams(hparams, HParams)
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
         behaviour = Policy(act, (state.params, state.observation_statistics), network.init_memory)
         rollout_state, transitions, episode_metrics = rollout.unroll(

@@ -18,7 +18,8 @@ def as_network(network: Any) -> Network:
         network: a Network; or anything with ``init(key, obs) -> params`` and ``apply(params, obs) -> output``
             (a flax linen module, a NamedTuple, a module of functions); or, with a memory, one that also has
             ``init_memory(batch_shape)``, and whose ``init`` and ``apply`` take the memory as a third argument
-            and whose ``apply`` returns ``(output, memory)``; or a pair ``(init, apply)``.
+            and whose ``apply`` returns ``(output, memory)``; or a pair ``(init, apply)``. It is called on
+            observations with any leading axes: none, ``[B]`` or ``[T, B]``.
 
     Raises:
         TypeError: ``network`` is none of these.
@@ -49,18 +50,35 @@ def from_nnx(constructor: Callable[..., Any]) -> Network:
 
     Args:
         constructor: ``rngs -> nnx.Module``, for instance ``lambda rngs: MyModule(4, 2, rngs=rngs)``; the module
-            is called on observations with any leading batch axes. Its whole state (parameters and variables
-            of other kinds) becomes the Network's params; changes that a call makes to it are dropped.
+            is called on observations with any leading axes. Its ``nnx.Param`` variables are trained; others of
+            real numbers (running averages) stay as they were made, and what a call changes in it is dropped.
+
+    Raises:
+        TypeError: a module in place of its constructor, or one with state that is not of real numbers, such as
+            the random streams of dropout.
     """
     from flax import nnx
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
+    if isinstance(constructor, nnx.Module):
+        raise TypeError(
+            f"from_nnx({type(constructor).__name__} instance): give a function that makes it, as every seed needs "
+            "parameters of its own: from_nnx(lambda rngs: MyModule(..., rngs=rngs))."
+        )
+    graph, *(_, other) = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))), nnx.Param, ...)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(other)):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"from_nnx: the module has state {jax.tree_util.keystr(path)} of dtype {leaf.dtype}, a random stream "
+                "or a counter, which a network without a memory cannot advance: make it deterministic (no dropout)."
+            )
 
     def init(key: jax.Array, obs: PyTree, memory: PyTree = ()) -> PyTree:
-        return nnx.to_pure_dict(nnx.split(constructor(nnx.Rngs(key)))[1])
+        _, *(trained, fixed) = nnx.split(constructor(nnx.Rngs(key)), nnx.Param, ...)
+        return {"trained": nnx.to_pure_dict(trained), "fixed": nnx.to_pure_dict(fixed)}
 
     def apply(params: PyTree, obs: PyTree, memory: PyTree = ()) -> tuple[PyTree, PyTree]:
-        module = nnx.merge(graph, nnx.State(params))
+        fixed = jax.lax.stop_gradient(params["fixed"])
+        module = nnx.merge(graph, nnx.State(params["trained"]), nnx.State(fixed))
         return module(obs), memory
 
     return Network(init, apply)
@@ -69,6 +87,8 @@ def from_nnx(constructor: Callable[..., Any]) -> Network:
 def observation_flattener(spec: PyTree) -> Callable[[PyTree], jax.Array]:
     """Return ``obs -> features float32 [..., F]``: every leaf of ``obs`` flattened, cast and joined.
 
+    uint8 leaves are taken for pixels and divided by 255, see :func:`as_float`.
+
     Args:
         spec: pytree of ShapeDtypeStruct of one observation; what stands before these axes is batch.
     """
@@ -76,12 +96,17 @@ def observation_flattener(spec: PyTree) -> Callable[[PyTree], jax.Array]:
 
     def flatten(obs: PyTree) -> jax.Array:
         leaves = [
-            leaf.reshape(*leaf.shape[: leaf.ndim - rank], -1).astype(jnp.float32)
+            as_float(leaf.reshape(*leaf.shape[: leaf.ndim - rank], -1))
             for leaf, rank in zip(jax.tree.leaves(obs), ranks, strict=True)
         ]
         return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=-1)
 
     return flatten
+
+
+def as_float(x: jax.Array) -> jax.Array:
+    """Return ``x`` as float32; uint8, the dtype of pixels, scaled to [0, 1]."""
+    return x.astype(jnp.float32) / (255.0 if x.dtype == jnp.uint8 else 1.0)
 
 
 def mask_aware(network: Network, mask_output: Callable[[PyTree, jax.Array], PyTree]) -> Network:
@@ -104,6 +129,10 @@ def mask_aware(network: Network, mask_output: Callable[[PyTree, jax.Array], PyTr
     return Network(init, apply, network.init_memory)
 
 
+def _plain(observation: PyTree) -> PyTree:
+    return observation.obs if isinstance(observation, MaskedObservation) else observation
+
+
 def check_policy_output(network: Network, observation: PyTree, action: ActionSpace) -> None:
     """Raise unless ``network`` maps an observation to ``(policy head, value)`` of the sizes ``action`` needs.
 
@@ -112,7 +141,7 @@ def check_policy_output(network: Network, observation: PyTree, action: ActionSpa
     Raises:
         ValueError: the wrong structure or a wrong width, with both named.
     """
-    output = _output_shape(network, observation)
+    output = _output_shape(network, _plain(observation))
     if not (isinstance(output, tuple) and len(output) == 2):
         raise ValueError(f"network returns {_describe(output)}: PPO needs (policy head, value).")
     head, value = output
@@ -124,7 +153,8 @@ def check_policy_output(network: Network, observation: PyTree, action: ActionSpa
     if [leaf.shape for leaf in jax.tree.leaves(head)] != widths:
         raise ValueError(
             f"network's policy head is {_describe(head)} for one observation, but {action!r} needs "
-            f"{' and '.join(map(str, widths))}: change the width of its last layer."
+            f"{' and '.join(map(str, widths))}: change the width of its last layer (and keep every leading axis: "
+            "a network is called on [...], not only on [batch, ...])."
         )
     if getattr(value, "shape", None) != ():
         raise ValueError(
@@ -138,11 +168,12 @@ def check_q_output(network: Network, observation: PyTree, action: Discrete) -> N
     Raises:
         ValueError: a wrong width, with both named.
     """
-    output = _output_shape(network, observation)
+    output = _output_shape(network, _plain(observation))
     if getattr(output, "shape", None) != (action.n,):
         raise ValueError(
             f"network returns {_describe(output)} for one observation, but {action!r} needs ({action.n},) action "
-            "values: change the width of its last layer."
+            "values: change the width of its last layer (and keep every leading axis: a network is called on [...], "
+            "not only on [batch, ...])."
         )
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from jrl.networks.adapters import observation_flattener
+from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
 from jrl.networks.heads import ActorCritic, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
@@ -62,6 +61,9 @@ def check_torso(config: TorsoConfig) -> None:
         raise ValueError(f"activation={config.activation!r}: must be one of {', '.join(ACTIVATIONS)}.")
     for name in ("hidden_sizes", "channels"):
         sizes = getattr(config, name)
+        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+            raise TypeError(f"{name}={sizes!r}: must be a tuple of integers, as in {name}=(64, 64).")
+        object.__setattr__(config, name, tuple(sizes))  # a list would make the Config unhashable
         if not sizes or min(sizes) < 1:
             raise ValueError(f"{name}={sizes}: needs one or more layers, each of at least 1 unit.")
 
@@ -94,7 +96,7 @@ def _torso(
             activation=config.activation,
             layer_norm=config.layer_norm,
         )
-        return torso, lambda obs: jax.tree.leaves(obs)[0].astype(jnp.float32)
+        return torso, lambda obs: as_float(jax.tree.leaves(obs)[0])
     torso = functools.partial(MLP, tuple(config.hidden_sizes), config.activation, config.layer_norm)
     return torso, observation_flattener(observation)
 

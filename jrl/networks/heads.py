@@ -84,7 +84,8 @@ def distribution(action: ActionSpace) -> Callable[[Any], Any]:
             return distributions.Categorical
         case MultiDiscrete(ns=ns):
             return lambda logits: distributions.MultiCategorical(logits, ns)
-        case Box():
+        case Box(shape=shape):
+            _box_size(shape)
             return lambda head: distributions.Normal(*head)
     raise TypeError(f"no distribution for the action space {action!r}")
 

@@ -22,10 +22,12 @@ def add(counter: jax.Array, amount: int) -> jax.Array:
         amount: a Python int, ``0 <= amount < 2**32``.
 
     Raises:
-        ValueError: ``amount`` does not fit one word.
+        ValueError: ``amount`` is no integer, or does not fit one word.
     """
-    if not 0 <= amount < WORD:
-        raise ValueError(f"counter.add(amount={amount}): the amount must fit 32 bits, add it in parts.")
+    if not isinstance(amount, int) or not 0 <= amount < WORD:
+        raise ValueError(
+            f"counter.add(amount={amount}): must be an integer of at most 32 bits; add more in parts."
+        )
     low = counter[..., 0] + jnp.uint32(amount)
     high = counter[..., 1] + (low < counter[..., 0]).astype(jnp.uint32)
     return jnp.stack([low, high], axis=-1)

@@ -100,12 +100,12 @@ def test_a_network_with_a_memory():
     np.testing.assert_array_equal(value, memory)
 
 
-@pytest.mark.parametrize(("module", "what"), [(ppo, "shuffles single steps"), (dqn, "replays single steps")])
-def test_algorithms_of_single_steps_refuse_a_memory(module, what):
+@pytest.mark.parametrize("module", [ppo, dqn])
+def test_algorithms_of_single_steps_refuse_a_memory(module):
     network = Remembering()
     if module is dqn:
         network = Network(network.init, lambda p, o, m: (o @ p["w"], m), network.init_memory)
-    with pytest.raises(ValueError, match=rf"make\(network=…\) has a memory: .*{what}"):
+    with pytest.raises(ValueError, match=r"make\(network=…\) has a memory: .* single steps"):
         module.make(ENV, network=network)
 
 
@@ -142,11 +142,12 @@ def test_nnx_params_are_a_plain_pytree_with_names():
     network = networks.from_nnx(Nnx)
     params = network.init(KEY, jnp.zeros(1))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
-    assert jax.tree.map(jnp.shape, params) == {
+    assert jax.tree.map(jnp.shape, params["trained"]) == {
         "hidden": {"kernel": (1, 8), "bias": (8,)},
         "policy": {"kernel": (8, 2), "bias": (2,)},
         "value": {"kernel": (8, 1), "bias": (1,)},
     }
+    assert params["fixed"] == {}
     reference = Nnx(nnx.Rngs(KEY))
     (head, value), memory = network.apply(params, jnp.ones((2, 3, 1)), ())
     np.testing.assert_allclose(head, reference(jnp.ones((2, 3, 1)))[0], rtol=1e-6)
@@ -158,10 +159,44 @@ def test_nnx_init_is_vmappable_and_depends_on_the_key():
     network = networks.from_nnx(Nnx)
     keys = jax.random.split(KEY, 3)
     members = jax.jit(jax.vmap(lambda key: network.init(key, jnp.zeros(1))))(keys)
-    kernels = members["policy"]["kernel"]
+    kernels = members["trained"]["policy"]["kernel"]
     assert kernels.shape == (3, 8, 2)
     assert (kernels[0] != kernels[1]).all()
-    np.testing.assert_allclose(kernels[1], network.init(keys[1], jnp.zeros(1))["policy"]["kernel"], rtol=1e-6)
+    alone = network.init(keys[1], jnp.zeros(1))["trained"]["policy"]["kernel"]
+    np.testing.assert_allclose(kernels[1], alone, rtol=1e-6)
+
+
+class Averaged(nnx.Module):
+    """A module with state that is not to be trained."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(1, use_running_average=True, rngs=rngs)
+        self.inner = Nnx(rngs)
+
+    def __call__(self, obs):
+        return self.inner(self.norm(obs))
+
+
+def test_nnx_running_averages_are_not_trained():
+    algo = ppo.make(ENV, SMALL_PPO, network=networks.from_nnx(Averaged))
+    hparams = ppo.HParams(learning_rate=0.1)
+    state = jax.jit(algo.init)(KEY, hparams)
+    after, _ = jrl.train(algo, state, hparams, num_steps=2)
+    fixed = after.params["fixed"]["norm"]
+    np.testing.assert_array_equal(fixed["mean"], jnp.zeros(1))
+    np.testing.assert_array_equal(fixed["var"], jnp.ones(1))
+    assert (after.params["trained"]["norm"]["scale"] != state.params["trained"]["norm"]["scale"]).all()
+
+
+def test_nnx_random_streams_and_instances_are_refused():
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    with pytest.raises(TypeError, match=r"from_nnx: the module has state .* a random stream or a counter"):
+        networks.from_nnx(Dropping)
+    with pytest.raises(TypeError, match=r"from_nnx\(Nnx instance\): give a function that makes it"):
+        networks.from_nnx(Nnx(nnx.Rngs(0)))
 
 
 def test_nnx_trains_with_ppo_and_its_state_is_restored_by_name(tmp_path):
@@ -236,6 +271,8 @@ def test_flattener_joins_leaves_of_any_shape_and_dtype():
         "c": jax.ShapeDtypeStruct((3,), jnp.bool_),
     }
     flatten = networks.observation_flattener(spec)
+    # uint8 is the dtype of pixels, which are scaled.
+    joined = np.array([*(np.array([1, 2, 3, 250]) / np.float32(255)), -7, 1, 0, 1], np.float32)
     for batch in ((), (4,), (2, 4)):
         obs = {
             "a": jnp.broadcast_to(jnp.array([[1, 2], [3, 250]], jnp.uint8), (*batch, 2, 2)),
@@ -244,7 +281,7 @@ def test_flattener_joins_leaves_of_any_shape_and_dtype():
         }
         out = flatten(obs)
         assert out.dtype == jnp.float32
-        np.testing.assert_array_equal(out, np.broadcast_to([1, 2, 3, 250, -7, 1, 0, 1], (*batch, 8)))
+        np.testing.assert_allclose(out, np.broadcast_to(joined, (*batch, 8)), rtol=1e-6)
 
 
 def test_flattener_of_one_array():

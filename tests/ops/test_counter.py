@@ -49,7 +49,9 @@ def test_to_float_is_close_and_grows(value):
     assert counter.to_float(at(2 * value + 1)) > result
 
 
-@pytest.mark.parametrize("amount", [-1, 2**32, 2**40])
+@pytest.mark.parametrize("amount", [-1, 1.5, 2**32, 2**40])
 def test_an_amount_beyond_one_word_is_an_error(amount):
-    with pytest.raises(ValueError, match=rf"counter\.add\(amount={amount}\): the amount must fit 32 bits"):
+    with pytest.raises(
+        ValueError, match=rf"counter\.add\(amount={amount}\): must be an integer of at most 32 bits"
+    ):
         counter.add(counter.zero(), amount)
