@@ -88,9 +88,11 @@ def build(work: Work) -> tuple[Any, Any, Any, int]:
             capacity=work.capacity,
             warmup_env_steps=work.warmup_env_steps,
             double=False,
+            layer_norm=False,
         )
         hparams = jrl.dqn.HParams(
             learning_rate=work.learning_rate,
+            anneal_env_steps=0.0,
             epsilon_env_steps=work.env_steps / 2,
             target_period=work.target_period,
         )

@@ -102,7 +102,7 @@ CASES = [
     _ppo("masked", "masked", normalize_observations=True, layer_norm=True),
     _ppo("target-kl", stop_at_target_kl=True, clip_value=False, standardize_advantages=False),
     _dqn("double"),
-    _dqn("plain", double=False, huber=True, dueling=True, layer_norm=True),
+    _dqn("plain", double=False, huber=True, dueling=True, layer_norm=False),
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
     _dqn("n-step", n_step=3, unroll_length=4),
     _dqn("prioritized", prioritized=True, num_updates=2),
