@@ -181,9 +181,10 @@ def table() -> str:
             continue
         record = json.loads(path.read_text())
         low, high = record["iqm_interval_95"]
+        interval = f" [{low:.1f}, {high:.1f}]" if record["seeds"] > 2 else ""
         lines.append(
             f"| {record['algorithm'].upper()} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
-            f"| {record['iqm']:.1f} [{low:.1f}, {high:.1f}] | {record['worst']:.1f} | {record['goal']:g} |"
+            f"| {record['iqm']:.1f}{interval} | {record['worst']:.1f} | {record['goal']:g} |"
         )
     return "\n".join(lines) + "\n"
 
