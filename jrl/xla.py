@@ -2,9 +2,10 @@
 
 On a CPU of few cores jaxlib 0.10 can wait for ever: a vmapped training program puts work on XLA's thread pool
 that waits for other work of the same pool, and with two threads all of them may end up waiting. With one
-device a pool of four threads ran every time; two devices and four threads hung once in two runs, so members over
-several devices are not settled yet (``benchmarks/results/hang.jsonl``; ``tests/test_hang.py`` runs two of eight
-devices over sixteen threads). The pool's size is read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has not been seen to hang.
+device a pool of four threads ran every time; two devices over four threads hung once in two runs, so members
+over several devices are not settled yet (``benchmarks/results/hang.jsonl``; ``tests/test_hang.py`` runs two of
+eight devices over sixteen threads). The pool's size is read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has
+not been seen to hang.
 """
 
 from __future__ import annotations
