@@ -323,9 +323,7 @@ def measure_capacity(work: Work, capacities: Sequence[int], steps: int, repeats:
         "microseconds_per_step": [spread(column) for column in zip(*pairs, strict=True)],
         "ratio": spread([large / small for small, large in pairs]),
         "cpu_ratio": spread([large / small for small, large in cpu_pairs]),
-        "replay_bytes": [
-            sum(leaf.nbytes for leaf in jax.tree.leaves(state.replay.storage)) for state in states
-        ],
+        "replay_bytes": [sum(leaf.nbytes for leaf in jax.tree.leaves(state.replay)) for state in states],
         "temporary_bytes": [one.memory_analysis().temp_size_in_bytes for one in compiled],
         "machine": machine(),
         "pairs": pairs,

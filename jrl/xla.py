@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, MutableMapping
 
 SAFE_THREADS = 4
-THREADS_PER_DEVICE = 2
+THREADS_PER_DEVICE = 4
 
 
 def configure(environ: MutableMapping[str, str] = os.environ, *, num_devices: int | None = None) -> None:

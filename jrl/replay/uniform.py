@@ -1,26 +1,51 @@
 """A ring of transitions with uniform sampling.
 
-The ring is flat, ``[rows · B, ...]``, a row being one time step of all ``B`` environments, so that the
-successor of item ``i`` in its own environment is item ``i + B``. Adding writes one contiguous block at a
-position that never wraps: in a donated or scanned state XLA does it in place. Sampling reads O(batch) items.
+The ring is flat, ``[rows · B, words]``, a row being one time step of all ``B`` environments and an item one
+packed transition, so that the successor of item ``i`` in its own environment is item ``i + B``. Adding writes
+one contiguous block at a position that never wraps: in a donated or scanned state XLA does it in place.
+Sampling reads O(batch) items, each from one place.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jrl.replay import packing
 from jrl.types import Array, Key, PyTree, Transition
 
 
-class UniformState(NamedTuple):
-    """The ring: ``storage`` with leaves ``[rows · B, ...]``, the ``row`` written next, ``filled`` rows."""
+class Layout(NamedTuple):
+    """How one item's words divide: the numbers and flags of its step, where it started, where it led."""
 
-    storage: Transition
+    step: packing.Layout
+    obs: packing.Layout
+    next_obs: packing.Layout
+
+    @property
+    def words(self) -> int:
+        """32-bit words of an item."""
+        return self.step.words + self.obs.words + self.next_obs.words
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("storage", "row", "filled"), meta_fields=("layout",)
+)
+@dataclasses.dataclass(frozen=True)
+class UniformState:
+    """The ring: ``storage`` uint32 ``[rows · B, words]``, the ``row`` written next, ``filled`` rows.
+
+    ``layout`` is static. :func:`read` gives back transitions.
+    """
+
+    storage: Array
     row: Array
     filled: Array
+    layout: Layout
 
 
 class Sample(NamedTuple):
@@ -60,9 +85,17 @@ def init(spec: Transition, rows: int, num_envs: int) -> UniformState:
         spec: shapes and dtypes of one transition (leaves ShapeDtypeStruct); the ring keeps these dtypes.
         rows: time steps kept.
         num_envs: ``B``.
+
+    Raises:
+        TypeError: a leaf is neither a bool, an integer nor a float of 8 to 64 bits.
     """
-    storage = jax.tree.map(lambda leaf: jnp.zeros((rows * num_envs, *leaf.shape), leaf.dtype), spec)
-    return UniformState(storage, jnp.int32(0), jnp.int32(0))
+    layout = Layout(
+        packing.layout(spec._replace(obs=(), next_obs=())),
+        packing.layout(spec.obs),
+        packing.layout(spec.next_obs),
+    )
+    storage = jnp.zeros((rows * num_envs, layout.words), jnp.uint32)
+    return UniformState(storage, jnp.int32(0), jnp.int32(0), layout)
 
 
 def add(state: UniformState, transitions: Transition) -> UniformState:
@@ -74,19 +107,23 @@ def add(state: UniformState, transitions: Transition) -> UniformState:
         ValueError: the block is larger than the ring, or its rows do not divide the ring's.
     """
     length, num_envs = transitions.reward.shape
-    rows = state.storage.reward.shape[0] // num_envs
+    rows = state.storage.shape[0] // num_envs
     if length > rows:
         raise ValueError(f"a block of {length} rows does not fit a replay of {rows}: raise the capacity.")
-
-    def write(ring: Array, block: Array) -> Array:
-        block = block.reshape(length * num_envs, *block.shape[2:]).astype(ring.dtype)
-        start = (state.row * num_envs,) + (0,) * (ring.ndim - 1)
-        return jax.lax.dynamic_update_slice(ring, block, start)
-
-    return UniformState(
-        jax.tree.map(write, state.storage, transitions),
-        (state.row + length) % rows,
-        jnp.minimum(state.filled + length, rows),
+    items = jax.tree.map(lambda leaf: leaf.reshape(length * num_envs, *leaf.shape[2:]), transitions)
+    block = jnp.concatenate(
+        [
+            state.layout.step.pack(items._replace(obs=(), next_obs=())),
+            state.layout.obs.pack(items.obs),
+            state.layout.next_obs.pack(items.next_obs),
+        ],
+        axis=1,
+    )
+    return dataclasses.replace(
+        state,
+        storage=jax.lax.dynamic_update_slice(state.storage, block, (state.row * num_envs, 0)),
+        row=(state.row + length) % rows,
+        filled=jnp.minimum(state.filled + length, rows),
     )
 
 
@@ -104,32 +141,59 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
     return window(state, index, num_envs, n, jnp.ones((batch_size,), jnp.float32))
 
 
+def read(state: UniformState, index: Array) -> Transition:
+    """Return the transitions at ``index`` (int32 ``[N]``, within the ring), leaves ``[N, ...]``."""
+    layout = state.layout
+    step, obs, next_obs = jnp.split(
+        _gather(state.storage, index, 0, layout.words),
+        (layout.step.words, layout.step.words + layout.obs.words),
+        axis=1,
+    )
+    return layout.step.unpack(step)._replace(
+        obs=layout.obs.unpack(obs), next_obs=layout.next_obs.unpack(next_obs)
+    )
+
+
 def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Array) -> Sample:
     """Gather the windows that start at ``index`` (int32 ``[N]``), see :class:`Sample`."""
-    storage = state.storage
-    items = storage.reward.shape[0]
+    items, words = state.storage.shape
     rows = items // num_envs
+    first = read(state, index)
     # Steps from the window's start to the newest row: a window must not run into the oldest ones behind it.
     available = (state.row - 1 - index // num_envs) % rows
-    rewards = [storage.reward[index]]
-    terminated, last = storage.terminated[index], index
-    ongoing = ~(terminated | storage.truncated[index])
+    rewards = [first.reward]
+    terminated, last = first.terminated, index
+    ongoing = ~(terminated | first.truncated)
     length = jnp.ones_like(index)
     for k in range(1, n):
         ongoing &= k <= available
         position = (index + k * num_envs) % items
-        rewards.append(jnp.where(ongoing, storage.reward[position], 0.0))
-        terminated = jnp.where(ongoing, storage.terminated[position], terminated)
+        step = state.layout.step.unpack(_gather(state.storage, position, 0, state.layout.step.words))
+        rewards.append(jnp.where(ongoing, step.reward, 0.0))
+        terminated = jnp.where(ongoing, step.terminated, terminated)
         last = jnp.where(ongoing, position, last)
         length += ongoing
-        ongoing &= ~(storage.terminated[position] | storage.truncated[position])
+        ongoing &= ~(step.terminated | step.truncated)
+    next_obs = first.next_obs
+    if n > 1:
+        start = words - state.layout.next_obs.words
+        next_obs = state.layout.next_obs.unpack(_gather(state.storage, last, start, words))
     return Sample(
-        obs=jax.tree.map(lambda leaf: leaf[index], storage.obs),
-        action=storage.action[index],
+        obs=first.obs,
+        action=first.action,
         rewards=jnp.stack(rewards),
         length=length,
         terminated=terminated,
-        next_obs=jax.tree.map(lambda leaf: leaf[last], storage.next_obs),
+        next_obs=next_obs,
         weight=weight,
         position=index,
     )
+
+
+def _gather(storage: Array, index: Array, start: int, stop: int) -> Array:
+    """Return ``storage[index, start:stop]``, reading no other word; ``index`` is within bounds."""
+    starts = jnp.stack([index, jnp.full_like(index, start)], axis=-1)
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+    )
+    return jax.lax.gather(storage, starts, numbers, slice_sizes=(1, stop - start), mode="promise_in_bounds")

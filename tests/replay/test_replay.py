@@ -76,13 +76,49 @@ def test_windows_equal_a_slow_loop(n, written):
     assert len(seen) == min(written, rows) * num_envs  # every item held can be drawn
 
 
-def test_native_dtypes_are_kept():
+def test_what_is_read_is_what_was_written():
+    """Bit for bit, whatever the dtypes: NaN and -0 keep their bits, narrow leaves share words."""
+    rng = np.random.default_rng(0)
+    shape = (4, 2)
+
+    def bits(dtype, *tail):
+        return jnp.asarray(
+            rng.integers(0, 256, (*shape, *tail, jnp.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
+        )
+
+    board = {
+        "pixels": bits(np.uint8, 3, 3),
+        "mask": bits(np.uint8, 5) > 127,
+        "half": bits(jnp.bfloat16, 3),
+        "position": bits(np.float32, 2).at[0, 0].set(jnp.array([jnp.nan, -0.0])),
+        "clock": bits(np.int16),
+        "empty": jnp.zeros((*shape, 0), jnp.int8),
+    }
+    transitions = stream(4, 2)._replace(obs=board, next_obs=board, extras={"ticks": bits(np.int32)})
+    state = replay.uniform.init(spec(transitions), 4, 2)
+    state = jax.jit(replay.uniform.add)(state, transitions)
+    read = jax.jit(replay.uniform.read)(state, jnp.arange(8)[::-1])
+    for got, written in zip(jax.tree.leaves(read), jax.tree.leaves(transitions), strict=True):
+        newest_first = np.asarray(written).reshape(8, *written.shape[2:])[::-1]
+        assert np.asarray(got).tobytes() == newest_first.tobytes()
+    assert jax.tree.map(lambda leaf: leaf.dtype, read) == jax.tree.map(lambda leaf: leaf.dtype, transitions)
+
+
+def test_narrow_leaves_share_words():
     transitions = stream(4, 2)._replace(
-        obs=jnp.zeros((4, 2, 3), jnp.uint8), next_obs=jnp.zeros((4, 2, 3), jnp.uint8)
+        obs=jnp.zeros((4, 2, 6), jnp.uint8), next_obs=jnp.zeros((4, 2, 6), bool)
     )
-    state = replay.uniform.add(replay.uniform.init(spec(transitions), 4, 2), transitions)
-    assert state.storage.obs.dtype == jnp.uint8
-    assert state.storage.terminated.dtype == bool
+    state = replay.uniform.init(spec(transitions), 4, 2)
+    # action, reward, both flags in one word; two observations of six bytes.
+    assert state.storage.shape == (8, 3 + 2 + 2)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int4", "key<fry>"])
+def test_leaves_that_are_no_numbers_are_refused(dtype):
+    leaf = jax.random.key(0) if dtype == "key<fry>" else jnp.zeros((), dtype)
+    transitions = spec(stream(4, 2))._replace(extras={"x": jax.ShapeDtypeStruct((), leaf.dtype)})
+    with pytest.raises(TypeError, match=f"leaf of dtype {dtype} cannot be kept in a replay"):
+        replay.uniform.init(transitions, 4, 2)
 
 
 def test_capacity_is_rounded_up_to_whole_blocks():
@@ -156,8 +192,8 @@ def test_the_compiled_program_holds_no_copy_of_the_replay(choices, vmapped):
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), state)
         train = jax.vmap(train)
     compiled = jax.jit(train, donate_argnums=0).lower(state).compile()
-    items = state.replay.ring.storage if config.prioritized else state.replay.storage
-    num_items = items.reward.shape[-1]
+    ring = state.replay.ring if config.prioritized else state.replay
+    num_items = ring.storage.shape[-2]
     buffer = re.compile(
         rf"= \w+\[(3,)?({num_items}|{-(-num_items // 16) * 16})(,\d+)*\]\S* (copy|copy-start|select|concatenate)\("
     )
