@@ -183,7 +183,7 @@ def make(
         )
     envs = vectorize(env, config.num_envs)
     network = (
-        networks.q_network(env, config, dueling=config.dueling)
+        networks.q_network(env, config, dueling=config.dueling, features_first=True)
         if network is None
         else networks.as_network(network)
     )

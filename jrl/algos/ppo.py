@@ -173,7 +173,7 @@ def make(
     # The environment gets the clipped action, the loss the one that was drawn.
     envs = vectorize(clip_action(env) if isinstance(env.action, Box) else env, config.num_envs)
     network = (
-        networks.actor_critic(env, config, shared_torso=config.shared_torso)
+        networks.actor_critic(env, config, shared_torso=config.shared_torso, features_first=True)
         if network is None
         else networks.as_network(network)
     )

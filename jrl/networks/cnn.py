@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.mlp import ACTIVATIONS, MLP, Dense
 
 
 class CNN(nn.Module):
@@ -26,13 +26,17 @@ class CNN(nn.Module):
     layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the features ``[..., hidden_sizes[-1]]`` of ``x [..., H, W, C]``."""
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
+        """Return the features ``[..., hidden_sizes[-1]]`` of ``x [..., H, W, C]``.
+
+        With ``features_first`` ``[hidden_sizes[-1], N]`` of ``[C, H, W, N]``.
+        """
         activation = ACTIVATIONS[self.activation]
         for channels in self.channels:
-            x = activation(PatchConv(channels, self.kernel_size)(x))
-        x = x.reshape(*x.shape[:-3], -1)
-        return MLP(self.hidden_sizes, self.activation, self.layer_norm)(x)
+            x = activation(PatchConv(channels, self.kernel_size)(x, features_first=features_first))
+        x = x.reshape(-1, x.shape[-1]) if features_first else x.reshape(*x.shape[:-3], -1)
+        mlp = MLP(self.hidden_sizes, self.activation, self.layer_norm)
+        return mlp(x, features_first=features_first, channels=self.channels[-1])
 
 
 class PatchConv(nn.Module):
@@ -46,12 +50,17 @@ class PatchConv(nn.Module):
     kernel_size: int = 3
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the convolved ``x``."""
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
+        """Return the convolved ``x``; with ``features_first``, ``[channels, H', W', N]`` of ``[C, H, W, N]``."""
         k = self.kernel_size
+        if features_first:
+            height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
+            shifted = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
+            patches = jnp.concatenate(shifted, axis=0)
+            out = Dense(self.channels, np.sqrt(2.0))(
+                patches.reshape(patches.shape[0], -1), features_first=True
+            )
+            return out.reshape(self.channels, *patches.shape[1:])
         height, width = x.shape[-3] - k + 1, x.shape[-2] - k + 1
-        patches = jnp.concatenate(
-            [x[..., i : i + height, j : j + width, :] for i in range(k) for j in range(k)], axis=-1
-        )
-        kernel_init = nn.initializers.orthogonal(np.sqrt(2.0))
-        return nn.Dense(self.channels, kernel_init=kernel_init)(patches)
+        shifted = [x[..., i : i + height, j : j + width, :] for i in range(k) for j in range(k)]
+        return Dense(self.channels, np.sqrt(2.0))(jnp.concatenate(shifted, axis=-1))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jrl.networks.adapters import as_float, observation_flattener
@@ -14,6 +16,8 @@ from jrl.networks.cnn import CNN
 from jrl.networks.heads import ActorCritic, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
+
+FEATURES_FIRST_BATCH = 128  # below, transposing costs what the products gain
 
 
 class TorsoConfig(Protocol):
@@ -40,17 +44,29 @@ class TorsoConfig(Protocol):
         """Whether to normalise before each activation."""
 
 
-def actor_critic(env: Environment, config: TorsoConfig, *, shared_torso: bool = False) -> Network:
-    """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``."""
-    torso, prepare = _torso(env, config)
-    return _network(ActorCritic(torso, env.action, shared_torso), prepare)
+def actor_critic(
+    env: Environment, config: TorsoConfig, *, shared_torso: bool = False, features_first: bool = False
+) -> Network:
+    """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``.
+
+    Args:
+        env: whose observations and actions it is for.
+        config: the torso's description.
+        shared_torso: one torso for the policy and the value, instead of one each.
+        features_first: compute large batches in the layout that is fastest on a CPU
+            (:mod:`jrl.networks.mlp`); then it has no forward-mode derivative (``jax.jvp``).
+    """
+    torso, prepare, rank = _torso(env, config)
+    return _network(ActorCritic(torso, env.action, shared_torso), prepare, rank, features_first)
 
 
-def q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
-    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``."""
+def q_network(
+    env: Environment, config: TorsoConfig, *, dueling: bool = False, features_first: bool = False
+) -> Network:
+    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`."""
     assert isinstance(env.action, Discrete)
-    torso, prepare = _torso(env, config)
-    return _network(QNetwork(torso, env.action.n, dueling), prepare)
+    torso, prepare, rank = _torso(env, config)
+    return _network(QNetwork(torso, env.action.n, dueling), prepare, rank, features_first)
 
 
 def check_torso(config: TorsoConfig) -> None:
@@ -70,7 +86,8 @@ def check_torso(config: TorsoConfig) -> None:
 
 def _torso(
     env: Environment, config: TorsoConfig
-) -> tuple[Callable[[], nn.Module], Callable[[PyTree], jax.Array]]:
+) -> tuple[Callable[[], nn.Module], Callable[[PyTree], jax.Array], int]:
+    """Return the torso, what turns an observation into its input, and that input's rank without batch."""
     observation = env.observation
     if isinstance(observation, MaskedObservation):
         observation = observation.obs
@@ -96,13 +113,23 @@ def _torso(
             activation=config.activation,
             layer_norm=config.layer_norm,
         )
-        return torso, lambda obs: as_float(jax.tree.leaves(obs)[0])
+        return torso, lambda obs: as_float(jax.tree.leaves(obs)[0]), 3
     torso = functools.partial(MLP, tuple(config.hidden_sizes), config.activation, config.layer_norm)
-    return torso, observation_flattener(observation)
+    return torso, observation_flattener(observation), 1
 
 
-def _network(module: nn.Module, prepare: Callable[[PyTree], jax.Array]) -> Network:
-    return Network(
-        init=lambda key, obs, memory: module.init(key, prepare(obs)),
-        apply=lambda params, obs, memory: (module.apply(params, prepare(obs)), memory),
-    )
+def _network(
+    module: nn.Module, prepare: Callable[[PyTree], jax.Array], rank: int, features_first: bool
+) -> Network:
+    def apply(params: PyTree, obs: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+        x = prepare(obs)
+        batch = x.shape[: x.ndim - rank]
+        # Another layout of the same function, so that being wrong about the device costs time only.
+        if not features_first or math.prod(batch) < FEATURES_FIRST_BATCH or jax.default_backend() != "cpu":
+            return module.apply(params, x), memory
+        x = x.reshape(-1, *x.shape[x.ndim - rank :])
+        x = jax.lax.optimization_barrier(jnp.swapaxes(x, 0, -1))
+        out = module.apply(params, x, features_first=True)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out), memory
+
+    return Network(init=lambda key, obs, memory: module.init(key, prepare(obs)), apply=apply)

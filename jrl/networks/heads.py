@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jrl.networks.mlp import dense
+from jrl.networks.mlp import Dense
 from jrl.ops import distributions
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
@@ -24,16 +24,20 @@ class PolicyHead(nn.Module):
     action: ActionSpace
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> Any:
+    def __call__(self, features: jax.Array, *, features_first: bool = False) -> Any:
         """Return logits ``[..., A]``, or ``(mean [..., A], log_std [..., A])``."""
+
+        def linear(size: int) -> jax.Array:
+            return _batch_first(Dense(size, 0.01)(features, features_first=features_first), features_first)
+
         match self.action:
             case Discrete(n=n):
-                return dense(n, 0.01)(features)
+                return linear(n)
             case MultiDiscrete(ns=ns):
-                return dense(sum(ns), 0.01)(features)
+                return linear(sum(ns))
             case Box(shape=shape):
                 size = _box_size(shape)
-                mean = dense(size, 0.01)(features)
+                mean = linear(size)
                 log_std = self.param("log_std", nn.initializers.zeros_init(), (size,))
                 return mean, jnp.broadcast_to(log_std, mean.shape)
         raise TypeError(f"no policy head for the action space {self.action!r}")
@@ -47,12 +51,15 @@ class ActorCritic(nn.Module):
     shared_torso: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[Any, jax.Array]:
-        """Return the distribution's parameters and the value ``[...]``."""
-        actor_features = self.torso()(x)
-        critic_features = actor_features if self.shared_torso else self.torso()(x)
-        value = dense(1, 1.0)(critic_features)
-        return PolicyHead(self.action)(actor_features), value[..., 0]
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> tuple[Any, jax.Array]:
+        """Return the distribution's parameters and the value ``[...]``; features first or not, as ``x`` is."""
+        actor_features = self.torso()(x, features_first=features_first)
+        critic_features = actor_features
+        if not self.shared_torso:
+            critic_features = self.torso()(x, features_first=features_first)
+        value = Dense(1, 1.0)(critic_features, features_first=features_first)
+        head = PolicyHead(self.action)(actor_features, features_first=features_first)
+        return head, _batch_first(value, features_first)[..., 0]
 
 
 class QNetwork(nn.Module):
@@ -63,14 +70,14 @@ class QNetwork(nn.Module):
     dueling: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the action values ``[..., A]``."""
-        features = self.torso()(x)
-        advantage = dense(self.num_actions, 1.0)(features)
-        if not self.dueling:
-            return advantage
-        value = dense(1, 1.0)(features)
-        return value + advantage - advantage.mean(-1, keepdims=True)
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
+        """Return the action values ``[..., A]``; features first or not, as ``x`` is."""
+        features = self.torso()(x, features_first=features_first)
+        q = Dense(self.num_actions, 1.0)(features, features_first=features_first)
+        if self.dueling:
+            value = Dense(1, 1.0)(features, features_first=features_first)
+            q = value + q - q.mean(0 if features_first else -1, keepdims=True)
+        return _batch_first(q, features_first)
 
 
 def distribution(action: ActionSpace) -> Callable[[Any], Any]:
@@ -96,3 +103,8 @@ def _box_size(shape: tuple[int, ...]) -> int:
             f"Box(shape={shape}): policy heads need a vector of actions, shape (n,); flatten the action first."
         )
     return shape[0]
+
+
+def _batch_first(x: jax.Array, features_first: bool) -> jax.Array:
+    # Without the barrier XLA would carry the transposition back into the layers, and the layout would be lost.
+    return jax.lax.optimization_barrier(x.T) if features_first else x

@@ -1,4 +1,9 @@
-"""Fully connected torsos."""
+"""Fully connected torsos, in two layouts.
+
+Everything here takes ``[..., features]``. With ``features_first`` it takes ``[features, N]``: the same numbers
+to rounding, but on a CPU a training step is up to a third faster, as the long axis is then the contiguous one and
+each of a layer's three matrix products has the form that XLA's CPU library is fast at. Parameters are the same.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +35,66 @@ class MLP(nn.Module):
     layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the features ``[..., hidden_sizes[-1]]`` of ``x [..., F]``."""
+    def __call__(self, x: jax.Array, *, features_first: bool = False, channels: int = 1) -> jax.Array:
+        """Return the features ``[..., hidden_sizes[-1]]`` of ``x [..., F]``; ``channels`` as in :class:`Dense`."""
         activation = ACTIVATIONS[self.activation]
         for size in self.hidden_sizes:
-            x = dense(size, np.sqrt(2.0))(x)
+            x = Dense(size, np.sqrt(2.0))(x, features_first=features_first, channels=channels)
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
-            x = activation(x)
+                axis = 0 if features_first else -1
+                x = nn.LayerNorm(reduction_axes=axis, feature_axes=axis)(x)
+            x, channels = activation(x), 1
         return x
 
 
-def dense(size: int, gain: float, name: str | None = None) -> nn.Dense:
-    """Return a dense layer with orthogonal weights of the given gain and zero biases."""
-    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(gain), name=name)
+class Dense(nn.Module):
+    """``y = W x + b``, ``[..., F] -> [..., features]``: orthogonal weights of the given gain, zero biases."""
+
+    features: int
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, features_first: bool = False, channels: int = 1) -> jax.Array:
+        """Return ``y``.
+
+        Args:
+            x: ``[..., F]``, or ``[F, N]`` with ``features_first``.
+            features_first: which of the two.
+            channels: with ``features_first``, ``x`` holds images flattened channel by channel, where
+                ``[..., F]`` holds them pixel by pixel.
+        """
+        size = x.shape[0 if features_first else -1]
+        kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (size, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        if not features_first:
+            return x @ kernel + bias
+        kernel = kernel.reshape(-1, channels, self.features).swapaxes(0, 1).reshape(kernel.shape)
+        return affine(kernel, bias, x)
+
+
+@jax.custom_vjp
+def affine(kernel: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+    """Return ``Wᵀ x + b``, ``[F, N] -> [K, N]``, for ``W [F, K]``; differentiable in reverse mode only.
+
+    XLA's CPU library is fast where the left operand contracts its last axis and is the larger one: up to ten
+    times faster than in the form that differentiating ``x @ W`` gives for few outputs. The barrier keeps XLA
+    from folding the transposition back into the product.
+    """
+    return jax.lax.optimization_barrier(kernel.T) @ x + bias[:, None]
+
+
+def _affine_forward(kernel: jax.Array, bias: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple]:
+    return affine(kernel, bias, x), (kernel, x)
+
+
+def _affine_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    kernel, x = residuals
+    over_batch = (((1,), (1,)), ((), ()))
+    if kernel.shape[0] >= kernel.shape[1]:
+        kernel_grad = jax.lax.dot_general(x, grad, over_batch)
+    else:
+        kernel_grad = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, over_batch)).T
+    return kernel_grad, grad.sum(1), kernel @ grad
+
+
+affine.defvjp(_affine_forward, _affine_backward)
