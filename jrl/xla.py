@@ -1,11 +1,10 @@
 """XLA's CPU settings that must be in the environment before jax is imported. This module imports no jax.
 
 On a CPU of few cores jaxlib 0.10 can wait for ever: a vmapped training program puts work on XLA's thread pool
-that waits for other work of the same pool, and with two threads all of them may end up waiting. With one
-device a pool of four threads ran every time; two devices over four threads hung once in two runs, so members
-over several devices are not settled yet (``benchmarks/results/hang.jsonl``; ``tests/test_hang.py`` runs two of
-eight devices over sixteen threads). The pool's size is read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has
-not been seen to hang.
+that waits for other work of the same pool, and with two threads all of them may end up waiting: 9 of 16 processes
+hung. A pool of four threads for each device ran every time, 17 processes with one device and 13 with two; two threads
+for each of two devices hung once in two (``benchmarks/results/hang.jsonl``, ``benchmarks/hang.py``). The pool's size is
+read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has not been seen to hang.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 
-SAFE_THREADS = 4
 THREADS_PER_DEVICE = 4
 
 
@@ -61,7 +59,7 @@ def _pool_size(environ: Mapping[str, str]) -> int:
 
 
 def _threads_needed(environ: Mapping[str, str]) -> int:
-    return max(SAFE_THREADS, THREADS_PER_DEVICE * _num_devices(environ))
+    return THREADS_PER_DEVICE * _num_devices(environ)
 
 
 def _num_devices(environ: Mapping[str, str]) -> int:

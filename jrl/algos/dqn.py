@@ -105,7 +105,7 @@ class Config:
 class HParams:
     """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Adam's step size."""
     learning_rate_end: float = 0.0
     """Step size at the end of annealing."""

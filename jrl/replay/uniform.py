@@ -130,6 +130,8 @@ def add(state: UniformState, transitions: Transition) -> UniformState:
 def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int = 1) -> Sample:
     """Draw ``batch_size`` windows, with replacement, their starts uniform over all items held.
 
+    Uniform to ``items / 2^32``: a random word modulo the items, at half the cost of ``jax.random.randint``.
+
     Args:
         key: consumed.
         state: the ring, with at least one row filled.
@@ -137,7 +139,8 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
         num_envs: ``B``, static.
         n: steps of a window at most, static.
     """
-    index = jax.random.randint(key, (batch_size,), 0, state.filled * num_envs)
+    held = (state.filled * num_envs).astype(jnp.uint32)
+    index = (jax.random.bits(key, (batch_size,), jnp.uint32) % held).astype(jnp.int32)
     return window(state, index, num_envs, n, jnp.ones((batch_size,), jnp.float32))
 
 
