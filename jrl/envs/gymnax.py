@@ -24,8 +24,12 @@ _INSTEAD = {
 }
 
 # jrl's own versions: the same transitions and parameters, written for a whole batch.
-FAST: dict[str, Callable[[Any, str], Environment]] = {
+FAST: dict[str, Callable[[Any, ActionSpace, str], Environment]] = {
     "CartPole-v1": classic_control.cart_pole,
+    "MountainCar-v0": classic_control.mountain_car,
+    "MountainCarContinuous-v0": classic_control.continuous_mountain_car,
+    "Pendulum-v1": classic_control.pendulum,
+    "Acrobot-v1": classic_control.acrobot,
     "Breakout-MinAtar": minatar.breakout,
     "SpaceInvaders-MinAtar": minatar.space_invaders,
 }
@@ -51,7 +55,7 @@ def make_registered(
     env, default = gymnax.make(env_id, **kwargs)
     params = _merge(default, params, env_id)
     if fast and not kwargs and env_id in FAST:
-        return FAST[env_id](params, env_id)
+        return FAST[env_id](params, _action_space(env.action_space(params), env_id), env_id)
     return adapt(env, params=params, raw=raw, name=env_id)
 
 

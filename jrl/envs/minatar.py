@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jrl.envs.batched import from_batched_functions, settle
-from jrl.types import Array, Discrete, Environment
+from jrl.types import ActionSpace, Array, Environment
 
 SIZE = 10
 BOTTOM = SIZE - 1
@@ -66,7 +66,7 @@ class BreakoutState(NamedTuple):
     time: Array
 
 
-def breakout(params: Any, name: str = "Breakout-MinAtar") -> Environment:
+def breakout(params: Any, action: ActionSpace, name: str) -> Environment:
     """Stay (0), left (1), right (2); a brick gives 1; losing the ball terminates."""
 
     def reset(words: Array, params: Any) -> BreakoutState:
@@ -130,7 +130,7 @@ def breakout(params: Any, name: str = "Breakout-MinAtar") -> Environment:
             bricks,
         )
 
-    return from_batched_functions(reset, transition, observe, params, Discrete(3), name, reset_words=1)
+    return from_batched_functions(reset, transition, observe, params, action, name, reset_words=1)
 
 
 # -------------------------------------------------------------------------------------- Space Invaders
@@ -155,7 +155,7 @@ class SpaceInvadersState(NamedTuple):
     time: Array
 
 
-def space_invaders(params: Any, name: str = "SpaceInvaders-MinAtar") -> Environment:
+def space_invaders(params: Any, action: ActionSpace, name: str) -> Environment:
     """Stay (0), left (1), right (2), fire (3); an alien shot gives 1; being hit or reached terminates."""
     x = jnp.arange(SIZE)
     wave = jnp.where((x >= 2) & (x < 8), 0b1111, 0)  # rows 0 to 3
@@ -244,7 +244,7 @@ def space_invaders(params: Any, name: str = "SpaceInvaders-MinAtar") -> Environm
             state.e_bullet_map,
         )
 
-    return from_batched_functions(reset, transition, observe, params, Discrete(4), name)
+    return from_batched_functions(reset, transition, observe, params, action, name)
 
 
 def _highest_bit(board: Array) -> Array:
