@@ -23,7 +23,7 @@ BOTTOM = SIZE - 1
 
 def show(*boards: Array) -> Array:
     """Boards ``[B, 10]``, one a channel, to their cells, bool ``[B, 10, 10, C]``."""
-    # In two settled stages, channels first: inner loops run over 10 C neighbours and use vector instructions.
+    # Two settled stages, columns then cells, so that inner loops run over 10 C neighbours in vector instructions.
     channel = jnp.arange(len(boards))
     columns = boards[0][..., None]
     for i, board in enumerate(boards[1:], 1):
