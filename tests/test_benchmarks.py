@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import against_peers  # noqa: E402
+import env_stepping  # noqa: E402
 import learning  # noqa: E402
 import throughput  # noqa: E402
 
@@ -95,6 +96,18 @@ def test_the_capacity_record_compares_pairs_and_shows_no_copy_of_the_replay():
     assert record["ratio"]["min"] <= large / small * 1.001
     small, large = record["temporary_bytes"]
     assert large - small < record["replay_bytes"][1] / 10
+
+
+def test_env_stepping_compares_equal_work_in_turn():
+    record = env_stepping.measure(env_stepping.Stepping("CartPole-v1", num_envs=8, env_steps=2_000), pairs=2)
+    assert record["work"] == {"env": "CartPole-v1", "num_envs": 8, "env_steps": 2_000}
+    assert [row["seed"] for row in record["pairs"]] == [1, 2]
+    for row in record["pairs"]:
+        assert row["ratio"] == pytest.approx(row["gymnax"]["seconds"] / row["jrl"]["seconds"], rel=0.05)
+    for episodes in record["episodes"].values():
+        assert 15 < 2 * 2_000 / episodes < 35  # random play keeps the pole up for 22 steps
+    assert set(record["machine"]) >= MACHINE
+    json.dumps(record, allow_nan=False)
 
 
 def run_script(*arguments, tmp_path):

@@ -78,7 +78,7 @@ def strict(env: Environment) -> Environment:
     action_spec = action_struct(env.action)
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
-        return _cast(env.reset(key, _cast_params(params, dtypes, env.name)), spec)
+        return cast(env.reset(key, cast_params(params, dtypes, env.name)), spec)
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         action = jnp.asarray(action, action_spec.dtype)
@@ -87,14 +87,14 @@ def strict(env: Environment) -> Environment:
                 f"{env.name}: an action of shape {action.shape} where {env.action} has shape "
                 f"{action_spec.shape}. For a batch of environments use jrl.envs.vectorize(env, num_envs)."
             )
-        env_state, out = env.step(key, env_state, action, _cast_params(params, dtypes, env.name))
-        env_state, obs = _cast((env_state, out.obs), spec)
+        env_state, out = env.step(key, env_state, action, cast_params(params, dtypes, env.name))
+        env_state, obs = cast((env_state, out.obs), spec)
         return env_state, TimeStep(
             obs=obs,
             reward=_scalar(out.reward, jnp.float32, "reward", env.name),
             terminated=_scalar(out.terminated, jnp.bool_, "terminated", env.name),
             truncated=_scalar(out.truncated, jnp.bool_, "truncated", env.name),
-            next_obs=_cast(out.next_obs, spec[1]),
+            next_obs=cast(out.next_obs, spec[1]),
         )
 
     return env._replace(reset=reset, step=step, observation=spec[1])
@@ -162,7 +162,8 @@ def _check_alike(a: PyTree, b: PyTree, what: str) -> None:
             )
 
 
-def _cast(tree: PyTree, spec: PyTree) -> PyTree:
+def cast(tree: PyTree, spec: PyTree) -> PyTree:
+    """Give leaves the dtypes of a specification, as strong types."""
     # asarray with an explicit dtype also strips the weak type of what was a Python number
     return jax.tree.map(
         lambda x, s: x if _is_key(s.dtype) else jnp.asarray(x, s.dtype),
@@ -171,7 +172,8 @@ def _cast(tree: PyTree, spec: PyTree) -> PyTree:
     )
 
 
-def _cast_params(params: PyTree, dtypes: PyTree, name: str) -> PyTree:
+def cast_params(params: PyTree, dtypes: PyTree, name: str) -> PyTree:
+    """Give parameters the dtypes of the default ones, whose structure they must have."""
     given, expected = str(jax.tree.structure(params)), str(jax.tree.structure(dtypes))
     if given != expected:
         raise ValueError(

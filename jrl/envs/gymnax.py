@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.envs import classic_control, minatar
 from jrl.envs.build import from_functions, strict
 from jrl.envs.observations import one_hot_observation
 from jrl.types import ActionSpace, Array, Box, Discrete, Environment, Key, PyTree, TimeStep
@@ -22,6 +23,17 @@ _INSTEAD = {
     "GymnaxToVectorGymWrapper": "jrl.envs.vectorize(env, num_envs)",
 }
 
+# jrl's own versions: the same transitions and parameters, written for a whole batch.
+FAST: dict[str, Callable[[Any, ActionSpace, str], Environment]] = {
+    "CartPole-v1": classic_control.cart_pole,
+    "MountainCar-v0": classic_control.mountain_car,
+    "MountainCarContinuous-v0": classic_control.continuous_mountain_car,
+    "Pendulum-v1": classic_control.pendulum,
+    "Acrobot-v1": classic_control.acrobot,
+    "Breakout-MinAtar": minatar.breakout,
+    "SpaceInvaders-MinAtar": minatar.space_invaders,
+}
+
 
 def registered() -> list[str]:
     """Return the ids gymnax has registered, in its order."""
@@ -30,12 +42,21 @@ def registered() -> list[str]:
     return list(gymnax.registered_envs)
 
 
-def make_registered(env_id: str, *, params: Any = None, raw: bool = False, **kwargs: Any) -> Environment:
-    """Build the environment gymnax registers as ``env_id``; ``kwargs`` go to gymnax's factory."""
+def make_registered(
+    env_id: str, *, params: Any = None, raw: bool = False, fast: bool = True, **kwargs: Any
+) -> Environment:
+    """Build the environment gymnax registers as ``env_id``; ``kwargs`` go to gymnax's factory.
+
+    Where jrl has its own version (:data:`FAST`) that is taken, unless ``fast`` is False or gymnax's factory is
+    given arguments, which only gymnax's version knows.
+    """
     import gymnax
 
     env, default = gymnax.make(env_id, **kwargs)
-    return adapt(env, params=_merge(default, params, env_id), raw=raw, name=env_id)
+    params = _merge(default, params, env_id)
+    if fast and not kwargs and env_id in FAST:
+        return FAST[env_id](params, _action_space(env.action_space(params), env_id), env_id)
+    return adapt(env, params=params, raw=raw, name=env_id)
 
 
 def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None = None) -> Environment:

@@ -59,7 +59,10 @@ def make(id_or_env: str | Environment | Any, **kwargs: Any) -> Environment:
             :class:`~jrl.types.Environment`, which is returned as it is.
         **kwargs: for gymnax environments ``params`` (their parameters, or a mapping of the fields to change)
             and ``raw=True`` (leave a Discrete observation, FrozenLake's, an int32 scalar; by default it
-            becomes a one-hot float32 vector); the rest goes to the environment's factory.
+            becomes a one-hot float32 vector); the rest goes to the environment's factory. Classic control,
+            Breakout and Space Invaders are jrl's own versions: gymnax's parameters and transitions, several
+            times as fast, with other random numbers and bool boards. ``fast=False``, arguments for gymnax's
+            factory, or gymnax's instance give gymnax's code.
 
     Raises:
         ValueError: an unknown id, or an action space that has no counterpart here.

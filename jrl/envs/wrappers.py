@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.envs.batched import OneOf
 from jrl.envs.build import action_struct, select
 from jrl.types import Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
 
@@ -23,13 +24,19 @@ def vectorize(env: Environment, num_envs: int) -> Environment:
     """Run ``num_envs`` copies over a leading axis: states, observations, rewards … are ``[B, ...]``.
 
     One key goes in and is split, so that each copy has its own; ``params`` are shared by all copies. The
-    specifications ``env.observation`` and ``env.action`` stay those of a *single* environment.
+    specifications ``env.observation`` and ``env.action`` stay those of a *single* environment. An environment
+    that is written for a whole batch (:mod:`jrl.envs.batched`) runs as it is written, on the one key.
 
     Raises:
         ValueError: ``num_envs`` is below 1.
     """
     if num_envs < 1:
         raise ValueError(f"vectorize(num_envs={num_envs}): needs at least one environment.")
+    if isinstance(env.reset, OneOf) and isinstance(env.step, OneOf):
+        reset_many = env.reset.batched
+        return env._replace(
+            reset=lambda key, params: reset_many(key, params, num_envs), step=env.step.batched
+        )
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
         return jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)

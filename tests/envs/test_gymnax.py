@@ -1,4 +1,7 @@
-"""The adapter against gymnax itself, step by step, for every environment that needs no download."""
+"""The adapter against gymnax itself, step by step, for every environment that needs no download.
+
+jrl's own versions of some of them are compared in test_fast.py.
+"""
 
 import functools
 
@@ -25,7 +28,7 @@ def strong(tree):
 @functools.cache
 def both(env_id):
     """Run jrl's step, and gymnax's from the same states with the same keys, for two time limits."""
-    env = jrl.make(env_id, raw=True)
+    env = jrl.make(env_id, raw=True, fast=False)
     reference, _ = gymnax.make(env_id)
 
     # run for 300 steps only: what counts is the time to compile
