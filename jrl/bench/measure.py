@@ -111,15 +111,25 @@ def _warm_up(program: Program, seconds: float) -> tuple[Any, int]:
         length = min(20 * length, int(length * seconds / max(taken, 1e-7)) + 1)
 
 
-def timing(name: str, program: Program, rows: Sequence[dict[str, float]], unit: str, **fields: Any) -> Record:
-    """Return what a record says about the repeats of one program."""
-    return _timing(name, program, [row["seconds"] / row["count"] for row in rows], rows, unit, fields)
-
-
-def _timing(
-    name: str, program: Program, seconds: Sequence[float], rows: Any, unit: str, fields: dict[str, Any]
+def timing(
+    name: str,
+    program: Program,
+    rows: Any,
+    unit: str,
+    seconds: Sequence[float] | None = None,
+    **fields: Any,
 ) -> Record:
-    median = statistics.median(seconds)
+    """Return what a record says about the repeats of one program.
+
+    Args:
+        name: the benchmark.
+        program: what was timed.
+        rows: its raw repeats.
+        unit: what ``program.units`` counts.
+        seconds: of one run of its body in each repeat, where ``rows`` do not say.
+        **fields: what else the record should have.
+    """
+    seconds = [row["seconds"] / row["count"] for row in rows] if seconds is None else seconds
     return {
         "benchmark": name,
         **fields,
@@ -127,9 +137,16 @@ def _timing(
         "rate": recording.spread([program.units / each for each in seconds if each > 0], digits=1),
         "seconds": recording.spread(seconds, digits=9),
         "units": program.units,
-        "roofline": calibrate.roofline(program.work, median),
+        "processor_share": processor_share(rows),
+        "roofline": calibrate.roofline(program.work, statistics.median(seconds)),
         "repeats": rows,
     }
+
+
+def processor_share(rows: Any) -> float:
+    """Return processor over wall-clock seconds of raw repeats, which may be nested."""
+    flat = [row for each in rows for row in ([each] if "seconds" in each else each.values())]
+    return round(sum(row["cpu_seconds"] for row in flat) / sum(row["seconds"] for row in flat), 3)
 
 
 # ------------------------------------------------------------------------------------------ steps per second
@@ -238,7 +255,7 @@ def update(setup: Setup, options: Options) -> Record:
     work = (more.work - plain_step.work) * (1 / EXTRA_UPDATES)
     program = plain_step._replace(work=work)
     raw = [{"plain": few, "more": many} for few, many in zip(*pairs, strict=True)]
-    return _timing("update", program, seconds, raw, "env steps", {"times": times})
+    return timing("update", program, raw, "env steps", seconds, times=times)
 
 
 def stepping(algo: Algorithm, setup: Setup) -> Program:
@@ -326,7 +343,7 @@ def _replay(
     def add(index: Array, state: Any, block: Transition) -> Any:
         return buffer.add(state, block)
 
-    fields = {"capacity": capacity, "prioritized": prioritized, "batch_size": batch_size}
+    fields: Record = {"capacity": capacity, "prioritized": prioritized, "batch_size": batch_size}
     state = filled(block)
     carry = (jax.random.key(0), zeros(jax.eval_shape(draw, jax.random.key(0), state)))
     # A transition drawn (or written) is read once and written once.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
+ALONE = 0.9  # of a core: below it, others were computing there too
 SCALING = ("env", "policy", "update", "train")  # over environments; "sweep" is over members
 
 
@@ -38,6 +39,13 @@ def table(records: Sequence[Record]) -> None:
     title = f"{records[0]['algo']} on {records[0]['env']}, {where['device_kind']}"
     console.print(f"{title}, matmul precision {where['matmul_precision']}", highlight=False, style="bold")
     console.print(shown, highlight=False)
+    shares = [record["processor_share"] for record in records if "processor_share" in record]
+    if where["device"].lower().startswith(("cpu", "tfrt_cpu")) and shares and min(shares) < ALONE:
+        console.print(
+            f"warning: this process had as little as {min(shares):.0%} of a core; on a machine that is less busy "
+            "it is faster, and nearer to the bound.",
+            style="yellow",
+        )
 
 
 def row(record: Record) -> list[str]:
