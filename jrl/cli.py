@@ -36,7 +36,7 @@ JRL_COMPILATION_CACHE=off switches off the cache of compiled programs, =FOLDER m
 """
 
 BENCH_HELP = """\
-usage: jrl bench WHAT [--algo ppo|dqn] [--env ID] [--num-envs N ...] [--json FILE] [--plot FILE] [...]
+usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] [--json FILE] [--plot FILE] [...]
 
   env        environment steps with random actions, resets included
   policy     the network forward and drawing actions
@@ -288,13 +288,13 @@ def algos(args: Sequence[str]) -> int:
 
 
 def bench(args: Sequence[str]) -> int:
-    """``jrl bench WHAT``."""
+    """``jrl bench WHAT ...``."""
     if not args or args[0].startswith("-"):
         print(BENCH_HELP, end="")
         return 0 if args and args[0] in ("-h", "--help") else 2
     from jrl.bench import command
 
-    return command.main(args[0], args[1:])
+    return command.main(args)
 
 
 def doctor(args: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
-"""``jrl bench WHAT``: parse the flags, measure, write each record as soon as it is there, show them."""
+"""``jrl bench WHAT ...``: parse the flags, measure, write each record as soon as it is there, show them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,21 +26,23 @@ WHAT = {
 }
 
 
-def main(what: str, args: Sequence[str]) -> int:
-    """Run ``jrl bench WHAT`` and return the exit code.
+def main(args: Sequence[str]) -> int:
+    """Run ``jrl bench WHAT ...`` and return the exit code; ``args`` begin with what to measure.
 
     Raises:
         ValueError: a flag, an environment or a setting is wrong.
     """
-    if what not in WHAT:
-        raise RunError(
-            f"there is no benchmark {what!r}. {configuration.nearest(what, WHAT)}One of: {', '.join(WHAT)}."
-        )
-    options, settings = parse(what, args)
-    kinds = measure.KINDS if what == "all" else (what,)
+    whats = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    for what in whats:
+        if what not in WHAT:
+            raise RunError(
+                f"there is no benchmark {what!r}. {configuration.nearest(what, WHAT)}One of: {', '.join(WHAT)}."
+            )
+    options, settings = parse(whats, args[len(whats) :])
+    kinds = measure.KINDS if "all" in whats else [kind for kind in measure.KINDS if kind in whats]
     if options.plot is not None and not report.can_plot(kinds):
         raise RunError(
-            f"--plot {options.plot}: jrl bench {what} has nothing that scales; leave it out, or measure "
+            f"--plot {options.plot}: nothing of {', '.join(kinds)} scales; leave it out, or measure "
             f"{', '.join([*report.SCALING, 'sweep', 'replay'])} or all."
         )
     module = configuration.load(options.algo)
@@ -65,7 +68,7 @@ def main(what: str, args: Sequence[str]) -> int:
     return 0
 
 
-def parse(what: str, args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+def parse(whats: Sequence[str], args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """Parse the flags; those of the algorithm's ``Config`` (but ``num_envs``) come back as a dictionary."""
     import tyro
 
@@ -79,8 +82,8 @@ def parse(what: str, args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     )
     parsed: Any = tyro.cli(
         command,
-        prog=f"jrl bench {what}",
-        description=f"Measure {WHAT[what]}.",
+        prog=f"jrl bench {' '.join(whats)}",
+        description=f"Measure {'; '.join(WHAT[what] for what in whats)}.",
         args=list(args),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )

@@ -119,6 +119,7 @@ def plot(records: Sequence[Record], out: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from jrl.plots import COLOURS
 
@@ -154,6 +155,8 @@ def plot(records: Sequence[Record], out: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(ticks, [short(tick).replace(" ", "") for tick in ticks])
         axes.minorticks_off()
+        if axes.get_ylim()[1] < 100 * axes.get_ylim()[0]:  # few powers of ten, or none
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(_on_axis(seconds if y_name == "seconds" else short))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
