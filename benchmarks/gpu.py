@@ -94,7 +94,8 @@ def toy(training: Training) -> Training:
     else:
         small |= {"warmup_env_steps": 64, "capacity": 256, "batch_size": 8}
     config = {**training.config, **small}
-    return dataclasses.replace(training, env_steps=256, members=2, config=config, eval_episodes=2)
+    changes: dict[str, Any] = {"env_steps": 256, "members": 2, "eval_episodes": 2, "limit": 200.0}
+    return dataclasses.replace(training, config=config, **changes)
 
 
 def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
@@ -105,8 +106,8 @@ def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
         )
         dqn = "--warmup-env-steps 32 --capacity 64 --batch-size 4"
         return {
-            "bench-dqn": (120.0, f"env train replay --algo dqn {tiny} {dqn}"),
-            "bench-ppo": (120.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
+            "bench-dqn": (200.0, f"env train replay --algo dqn {tiny} {dqn}"),
+            "bench-ppo": (200.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
         }
     return {
         "bench-dqn": (80.0, "train update replay --algo dqn --num-envs 16 1024"),
@@ -242,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = ["--toy"] if arguments.toy else []
     stages = {}
     for name, training in trainings().items():
+        training = resize(training)
         command = [sys.executable, __file__, "--out", str(out), "--train", name, *flags]
         stages[name] = (training.limit, command)
     for name, (limit, words) in bench_stages(arguments.toy).items():

@@ -41,7 +41,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     lowered = [
         jax.jit(algo.init).lower(key, setup.hparams),
-        measure.lower(measure.one_step(algo), (state, metrics), setup.hparams),
+        measure.trace(measure.one_step(algo), (state, metrics), setup.hparams).lower(),
     ]
     lower_seconds = time.perf_counter() - began
     began = time.perf_counter()

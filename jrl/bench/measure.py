@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jrl import configuration, replay
 from jrl.bench import calibrate, recording
 from jrl.bench.options import Options
-from jrl.bench.work import Work, count, nbytes
+from jrl.bench.work import Work, count, count_jaxpr, nbytes
 from jrl.configuration import Setup
 from jrl.envs import vectorize
 from jrl.envs.build import action_struct
@@ -59,21 +59,23 @@ def loop(
 ) -> Program:
     """Compile ``state = body(index, state, constants)`` as a loop; its work is counted unless given."""
 
-    compiled = lower(body, state, constants).compile()
+    traced = trace(body, state, constants)
+    compiled = traced.lower().compile()
 
     def run(state: Any, length: int) -> Any:
         return compiled(state, constants, jnp.int32(length))
 
-    return Program(run, state, units, count(body, jnp.int32(0), state, constants) if work is None else work)
+    # A loop of unknown length counts once: the work of one run of its body.
+    return Program(run, state, units, count_jaxpr(traced.jaxpr.jaxpr) if work is None else work)
 
 
-def lower(body: Callable[..., Any], state: Any, constants: Any) -> Any:
-    """Lower ``chunk(state, constants, length)``, which runs ``body`` so often; arguments may be shapes."""
+def trace(body: Callable[..., Any], state: Any, constants: Any) -> Any:
+    """Trace ``chunk(state, constants, length)``, which runs ``body`` so often; arguments may be shapes."""
 
     def chunk(state: Any, constants: Any, length: Array) -> Any:
         return jax.lax.fori_loop(0, length, lambda index, state: body(index, state, constants), state)
 
-    return jax.jit(chunk, donate_argnums=0).lower(state, constants, jnp.int32(0))
+    return jax.jit(chunk, donate_argnums=0).trace(state, constants, jnp.int32(0))
 
 
 # ------------------------------------------------------------------------------------------------- timing

@@ -87,7 +87,11 @@ _NUMBERS = ("transcendentals", "elementwise", "random_bits", "bytes")
 
 def count(function: Callable[..., Any], *args: Any) -> Work:
     """Return the work of ``function(*args)``; arguments may be :class:`jax.ShapeDtypeStruct`."""
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_jaxpr(jaxpr: Any) -> Work:
+    """Return the work of a jaxpr, all of whose outputs are needed."""
     return _jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
@@ -120,7 +124,7 @@ def _equation(equation: Any, used: Sequence[bool]) -> Work:
         return body * params["length"] + _moved(*ins[num_fixed:], *stacked)
     if name == "while":
         inner = (params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr)
-        return sum((_jaxpr(one, [True] * len(one.outvars)) for one in inner), Work())
+        return sum((count_jaxpr(one) for one in inner), Work())
     if name == "cond":
         return min((_jaxpr(one.jaxpr, used) for one in params["branches"]), key=_weight)
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
