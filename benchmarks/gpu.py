@@ -102,7 +102,7 @@ def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
     """Return the limit and the arguments of each ``jrl bench`` stage."""
     if small:
         tiny = (
-            "--num-envs 2 4 --members 1 2 --capacities 64 --unroll-length 4 --hidden-sizes 8 --seconds 0.01"
+            "--num-envs 2 4 --members 1 2 --capacities 64 --unroll-length 4 --hidden-sizes 8 --seconds 0.05"
         )
         dqn = "--warmup-env-steps 32 --capacity 64 --batch-size 4"
         return {
