@@ -163,20 +163,23 @@ def _seconds(body: Callable[[Any], Any], start: Any) -> float:
     run = jax.jit(loop, donate_argnums=0).lower(start, jnp.int32(0)).compile()
     # An accelerator is told to begin from afar, which takes a while.
     shortest = 0.002 if _on_cpu() else 0.01
-    state, count, best = run(start, jnp.int32(1)), 1, float("inf")
+    state, count = jax.block_until_ready(run(start, jnp.int32(1))), 1
+
+    def fastest(state: Any, count: int, runs: int) -> tuple[Any, float]:
+        best = float("inf")
+        for _ in range(runs):
+            began = time.perf_counter()
+            state = jax.block_until_ready(run(state, jnp.int32(count)))
+            best = min(best, time.perf_counter() - began)
+        return state, best
+
     while True:
-        jax.block_until_ready(state)
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(state, jnp.int32(count)))
-        taken = time.perf_counter() - began
+        # Of several: one that was disturbed would end the search with a loop too short to tell anything.
+        state, taken = fastest(state, count, 3)
         if taken >= shortest / 2:
             break
         count = min(100 * count, int(count * shortest / max(taken, 1e-6)) + 1)
-    for _ in range(RUNS):
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(state, jnp.int32(count)))
-        best = min(best, (time.perf_counter() - began) / count)
-    return best
+    return fastest(state, count, RUNS)[1] / count
 
 
 def _on_cpu() -> bool:
@@ -196,5 +199,5 @@ def _large_copy() -> int:
 
 
 def _power_of_two(num_bytes: float) -> int:
-    """Round up, within reason: so that records of like sizes share one measurement."""
-    return min(max(2**10, 2 ** max(0, int(num_bytes) - 1).bit_length()), _large_copy())
+    """Round up, so that like sizes share one measurement; of less a loop would measure its own overhead."""
+    return min(max(2**16, 2 ** max(0, int(num_bytes) - 1).bit_length()), _large_copy())

@@ -8,6 +8,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 ALONE = 0.9  # of a core: below it, others were computing there too
+MIN_SPAN = 8.0  # of an axis: its end over its beginning
 SCALING = ("env", "policy", "update", "train")  # over environments; "sweep" is over members
 
 
@@ -148,13 +149,19 @@ def plot(records: Sequence[Record], out: Path) -> None:
             ordered = sorted(group, key=lambda r: r[x_name])
             x = [r[x_name] for r in ordered]
             y = [r[y_name]["median"] for r in ordered]
-            low = [r[y_name]["median"] - r[y_name]["min"] for r in ordered]
-            high = [r[y_name]["max"] - r[y_name]["median"] for r in ordered]
-            axes.errorbar(x, y, (low, high), color=colour, marker="o", ms=4, lw=1.6, capsize=2.5, label=label)
+            below = [r[y_name]["median"] - r[y_name]["min"] for r in ordered]
+            above = [r[y_name]["max"] - r[y_name]["median"] for r in ordered]
+            axes.errorbar(
+                x, y, (below, above), color=colour, marker="o", ms=4, lw=1.6, capsize=2.5, label=label
+            )
         axes.set_xscale("log", base=10 if x_name == "capacity" else 2)
         axes.set_yscale("log")
         axes.set_xticks(ticks, [short(tick).replace(" ", "") for tick in ticks])
         axes.minorticks_off()
+        low, high = axes.get_ylim()
+        if high < MIN_SPAN * low:  # a few percent should look like a few percent
+            middle = (low * high) ** 0.5
+            axes.set_ylim(middle / MIN_SPAN**0.5, middle * MIN_SPAN**0.5)
         if axes.get_ylim()[1] < 100 * axes.get_ylim()[0]:  # few powers of ten, or none
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(_on_axis(seconds if y_name == "seconds" else short))
