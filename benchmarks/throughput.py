@@ -16,15 +16,24 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# Imports no jax, whose settings are still to come.
+from jrl.bench.recording import (
+    append,
+    commit,
+    compile_cold_and_cached,
+    load,
+    machine,
+    now,
+    pin,
+    spread,
+    timed,
+)
 
 RESULTS = Path(__file__).parent / "results"
 EVAL_EPISODES = 128
@@ -155,103 +164,14 @@ class Training:
         }
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return ``function()`` once it is ready, with its wall-clock and processor seconds.
-
-    Processor time does not count what other processes took of the core, so that it tells a disturbed repeat.
-    """
-    import jax
-
-    began, cpu_began = time.perf_counter(), time.process_time()
-    result = jax.block_until_ready(function())
-    return result, time.perf_counter() - began, time.process_time() - cpu_began
-
-
 # ------------------------------------------------------------------------------------------------- records
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, interquartile range relative to it, minimum and maximum."""
-    median = statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {
-        "median": round(median, 4),
-        "iqr": round((high - low) / median, 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-    }
-
-
-def pin(cores: Sequence[int]) -> None:
-    """Keep this process and its children on ``cores``. Call it before jax is imported."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
-        # One core, one thread; with more, the pool size at which nothing hangs (see jrl.xla).
-        os.environ["NPROC"] = str(1 if len(cores) == 1 else max(4, len(cores)))
-
-
-def machine() -> dict[str, Any]:
-    """Return what a record says about where it was taken; in the process that measures."""
-    import jax
-
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "python": platform.python_version(),
-        **versions("jax", "jaxlib", "flax", "optax", "gymnax", "jrl-kernels"),
-        "device": str(jax.devices()[0]),
-        "device_kind": jax.devices()[0].device_kind,
-        "cpu": cpu,
-        "precision": "float32",
-        "matmul_precision": str(jax.config.jax_default_matmul_precision or "default"),
-        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "NPROC": os.environ.get("NPROC"),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
-    }
-
-
-def versions(*distributions: str) -> dict[str, str]:
-    """Return the installed version of each distribution that is installed."""
-    import importlib.metadata as metadata
-
-    found = {}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit(folder: Path) -> str | None:
-    """Return the short commit of a checkout, with ``+`` where files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "") or None
-
-
-def load() -> list[float] | None:
-    """Return the load averages: a record taken on a busy machine should say so."""
-    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def header(name: str, work: Work) -> dict[str, Any]:
     """Return the fields that every record begins with."""
     return {
         "benchmark": name,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": now(),
         "commit": commit(Path(__file__).parent),
         "work": dataclasses.asdict(work),
         "load": load(),
@@ -352,32 +272,9 @@ def compile_once(work: Work) -> dict[str, Any]:
 
 def measure_compile(work: Work, repeats: int) -> dict[str, Any]:
     """Compile in fresh processes: cold, and again with the persistent cache that the cold one has filled."""
-    rows = []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as cache:
-            environ = {
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": cache,
-                "JAX_ENABLE_COMPILATION_CACHE": "true",
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            }
-            command = [sys.executable, __file__, "--compile-once", json.dumps(dataclasses.asdict(work))]
-            both = []
-            for _ in ("cold", "cached"):
-                out = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
-                both.append(json.loads(out.stdout.splitlines()[-1]))
-            rows.append(dict(zip(("cold", "cached"), both, strict=True)))
-    summary = {
-        f"{which}_{field}": spread([row[which][field] for row in rows])
-        for which in ("cold", "cached")
-        for field in ("lower_seconds", "compile_seconds", "import_seconds")
-    }
-    where = rows[-1]["cold"]["machine"]
-    for row in rows:
-        for one in row.values():
-            del one["machine"]
-    return {**header("compile", work), **summary, "machine": where, "repeats": rows}
+    command = [sys.executable, __file__, "--compile-once", json.dumps(dataclasses.asdict(work))]
+    summary, rows = compile_cold_and_cached(command, repeats)
+    return {**header("compile", work), **summary, "repeats": rows}
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

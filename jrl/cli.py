@@ -28,10 +28,27 @@ usage: jrl COMMAND ...
   plot RUN [RUN ...]         draw learning curves into one PNG
   envs                       list environments
   algos                      list algorithms
+  bench WHAT                 how fast the parts and the whole are here; `jrl bench --help` lists what
   doctor                     versions, devices and settings, and what is wrong with them
 
 `jrl COMMAND --help` says more. --debug (or JRL_DEBUG=1) shows tracebacks; --version the version.
 JRL_COMPILATION_CACHE=off switches off the cache of compiled programs, =FOLDER moves it.
+"""
+
+BENCH_HELP = """\
+usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] [--json FILE] [--plot FILE] [...]
+
+  env        environment steps with random actions, resets included
+  policy     the network forward and drawing actions
+  update     gradient steps alone
+  train      whole calls of algo.step
+  sweep      whole calls of algo.step, seeds side by side (--members N ...)
+  replay     adding to and sampling from a replay, over its capacity
+  memory     bytes the training program and the process take
+  compile    seconds of lowering and compiling, cold and with the persistent cache
+  all        all of these
+
+`jrl bench train --algo dqn --help` lists every setting.
 """
 
 
@@ -270,6 +287,16 @@ def algos(args: Sequence[str]) -> int:
     return _run("algos", command, args)
 
 
+def bench(args: Sequence[str]) -> int:
+    """``jrl bench WHAT ...``."""
+    if not args or args[0].startswith("-"):
+        print(BENCH_HELP, end="")
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    from jrl.bench import command
+
+    return command.main(args)
+
+
 def doctor(args: Sequence[str]) -> int:
     """``jrl doctor``."""
 
@@ -297,5 +324,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plot": plot,
     "envs": envs,
     "algos": algos,
+    "bench": bench,
     "doctor": doctor,
 }

@@ -29,6 +29,7 @@ RINGS = {
     "jrl.training": 2,
     "jrl.sweep": 2,
     "jrl.testing": 3,
+    "jrl.bench": 3,
     "jrl.checkpoint": 3,
     "jrl.cli": 3,
     "jrl.configuration": 3,

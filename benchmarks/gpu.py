@@ -1,0 +1,280 @@
+"""Everything that is to be measured on a machine with a GPU, in one run of under ten minutes.
+
+    python benchmarks/gpu.py --out gpu-results
+    python benchmarks/gpu.py --out gpu-results --toy      the same at toy size, on any machine
+
+Each stage is a process of its own with a limit of its own, so that one that fails or hangs does not lose the
+others. ``gpu.jsonl`` gets each record as soon as it is there, ``gpu.log`` what the stages print,
+``summary.json`` how each stage ended; the figures are ``bench-*.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+TOTAL_SECONDS = 570.0
+MAX_REPEATS = 5
+EVAL_SEED = 10_000  # evaluation keys are those of seeds that no training uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Seeds trained side by side in one program; the goals are for all of them together."""
+
+    algorithm: str
+    env: str
+    env_steps: int
+    members: int
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hparams: dict[str, float] = dataclasses.field(default_factory=dict)
+    goal_seconds: float | None = None
+    goal_return: float | None = None
+    eval_episodes: int = 100
+    limit: float = 30.0
+    """Seconds for compiling, repeats and evaluation."""
+
+
+def trainings() -> dict[str, Training]:
+    """Return what is trained; the learning checks are the rows of ``learning.py``, ten seeds at once."""
+    import learning
+
+    def row(name: str, members: int, **changes: Any) -> Training:
+        r = learning.ROWS[name]
+        return Training(
+            r.algorithm, r.env, r.env_steps, members, r.config, r.hparams, goal_return=r.goal, **changes
+        )
+
+    return {
+        # The size that PureJaxRL published, with its settings.
+        "ppo-cartpole-2048-seeds": Training(
+            "ppo",
+            "CartPole-v1",
+            500_000,
+            2_048,
+            {"num_envs": 4, "unroll_length": 128},
+            {"learning_rate": 2.5e-4, "anneal_env_steps": 5e5},
+            goal_seconds=10.0,
+            eval_episodes=8,
+            limit=70.0,
+        ),
+        "ppo-breakout-256-seeds": row(
+            "ppo-breakout-minatar", 256, goal_seconds=60.0, eval_episodes=8, limit=150.0
+        ),
+        "dqn-breakout-alone": Training(
+            "dqn",
+            "Breakout-MinAtar",
+            1_000_000,
+            1,
+            {"num_envs": 128, "capacity": 100_000},
+            {"epsilon_env_steps": 1e5, "anneal_env_steps": 1e6},
+            goal_seconds=20.0,
+            limit=60.0,
+        ),
+        **{f"learning-{name}": row(name, 10) for name in learning.ROWS if name != "ppo-breakout-minatar"},
+    }
+
+
+def toy(training: Training) -> Training:
+    """Return the same program, as small as can be."""
+    small = {"num_envs": 4, "unroll_length": 8, "hidden_sizes": (8,)}
+    if training.algorithm == "ppo":
+        small |= {"num_minibatches": 2, "num_epochs": 1}
+    else:
+        small |= {"warmup_env_steps": 64, "capacity": 256, "batch_size": 8}
+    config = {**training.config, **small}
+    changes: dict[str, Any] = {"env_steps": 256, "members": 2, "eval_episodes": 2, "limit": 200.0}
+    return dataclasses.replace(training, config=config, **changes)
+
+
+def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
+    """Return the limit and the arguments of each ``jrl bench`` stage."""
+    if small:
+        tiny = (
+            "--num-envs 2 4 --members 1 2 --capacities 64 --unroll-length 4 --hidden-sizes 8 --seconds 0.05"
+        )
+        dqn = "--warmup-env-steps 32 --capacity 64 --batch-size 4"
+        return {
+            "bench-dqn": (200.0, f"env train replay --algo dqn {tiny} {dqn}"),
+            "bench-ppo": (200.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
+        }
+    return {
+        "bench-dqn": (80.0, "train update replay --algo dqn --num-envs 16 1024"),
+        "bench-ppo": (150.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
+    }
+
+
+# --------------------------------------------------------------------------------------------- one training
+
+
+def train(name: str, training: Training) -> Iterator[dict[str, Any]]:
+    """Compile, then train from fresh seeds as often as the limit allows, five times at most; evaluate.
+
+    Yields a record of the speed, then one of the returns: what fails last does not lose what went before.
+    """
+    began = time.perf_counter()
+    import jax
+    import numpy as np
+    from learning import interquartile_mean
+
+    import jrl
+    from jrl import configuration
+    from jrl.bench import recording
+
+    setup = configuration.build(
+        training.algorithm, training.env, config=training.config, hparams=training.hparams
+    )
+    algo, hparams = setup.algo, setup.hparams
+    warmup = getattr(setup.config, "warmup_env_steps", 0)
+    num_steps = -(-(training.env_steps - warmup) // algo.env_steps_per_step)
+
+    def one(key: Any, hparams: Any) -> Any:
+        state, metrics = jrl.train(algo, algo.init(key, hparams), hparams, num_steps=num_steps)
+        # The policy alone: the state of all members would double the memory of a replay.
+        return algo.policy(state), metrics["episode_return"]
+
+    def keys(repeat: int) -> Any:
+        return jax.random.split(jax.random.key(repeat), training.members)
+
+    compile_began = time.perf_counter()
+    run = jax.jit(jax.vmap(one, in_axes=(0, None))).lower(keys(0), hparams).compile()
+    compile_seconds = time.perf_counter() - compile_began
+    total = training.members * (warmup + num_steps * algo.env_steps_per_step)
+    seconds: list[float] = []
+    while len(seconds) < MAX_REPEATS:
+        (policy, _), taken, _ = recording.timed(lambda: run(keys(len(seconds)), hparams))
+        seconds.append(round(taken, 4))
+        print(f"{name}: {taken:.2f} s, {total / taken:,.0f} env steps/s", flush=True)
+        if time.perf_counter() - began + 1.2 * taken > 0.7 * training.limit:
+            break
+    head = {
+        "benchmark": f"gpu-{name}",
+        "time": recording.now(),
+        "commit": recording.commit(ROOT),
+        **dataclasses.asdict(training),
+        "machine": recording.machine(),
+    }
+    goal = training.goal_seconds
+    yield {
+        **head,
+        "all_env_steps": total,
+        "compile_seconds": round(compile_seconds, 2),
+        "seconds": recording.spread(seconds),
+        "env_steps_per_second": recording.spread([total / each for each in seconds], digits=1),
+        "in_time": None if goal is None else statistics.median(seconds) <= goal,
+        "temporary_bytes": run.memory_analysis().temp_size_in_bytes,
+        "load": recording.load(),
+        "repeats": seconds,
+    }
+
+    def play(key: Any, policy: Any) -> Any:
+        stats = jrl.evaluate(key, setup.env, policy, num_episodes=training.eval_episodes)
+        return stats.episode_return.mean()
+
+    eval_keys = jax.random.split(jax.random.key(EVAL_SEED), training.members)
+    returns = np.asarray(jax.jit(jax.vmap(play))(eval_keys, policy))
+    iqm = interquartile_mean(returns)
+    goal = training.goal_return
+    yield {
+        **head,
+        "benchmark": f"gpu-{name}-return",
+        "iqm": round(iqm, 2),
+        "worst": round(float(returns.min()), 2),
+        "learned": None if goal is None else iqm >= goal,
+        "returns": returns.round(2).tolist(),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- stages
+
+
+def run_stage(command: Sequence[str], limit: float, log: Path, environ: dict[str, str]) -> str:
+    """Run a process with all it starts, and return how it ended: ``"done"`` or what went wrong."""
+    with log.open("a", encoding="utf-8") as stream:
+        stream.write(f"\n$ {' '.join(command)}\n")
+        stream.flush()
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+        )
+        try:
+            code = process.wait(max(limit, 1.0))
+        except subprocess.TimeoutExpired:
+            return f"stopped after its limit of {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return "done" if code == 0 else f"exit code {code}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the records")
+    parser.add_argument("--toy", action="store_true", help="at toy size, on any device")
+    parser.add_argument("--stages", nargs="+", help="only these")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="limit of the whole run")
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    resize: Callable[[Training], Training] = toy if arguments.toy else lambda training: training
+    if arguments.train:
+        from jrl.bench import recording
+
+        training = resize(trainings()[arguments.train])
+        for record in train(arguments.train, training):
+            recording.append(out / "gpu.jsonl", record)
+        return 0
+
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    flags = ["--toy"] if arguments.toy else []
+    stages = {}
+    for name, training in trainings().items():
+        training = resize(training)
+        command = [sys.executable, __file__, "--out", str(out), "--train", name, *flags]
+        stages[name] = (training.limit, command)
+    for name, (limit, words) in bench_stages(arguments.toy).items():
+        files = ["--json", str(out / "gpu.jsonl"), "--plot", str(out / f"{name}.png")]
+        stages[name] = (limit, [sys.executable, "-m", "jrl", "bench", *words.split(), *files])
+    if unknown := sorted(set(arguments.stages or ()) - set(stages)):
+        parser.error(f"unknown stage {', '.join(unknown)}: choose from {', '.join(stages)}")
+
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    platform = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"],
+        env=environ, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    if platform != "gpu" and not arguments.toy:
+        parser.error(
+            f"jax computes on {platform or 'nothing'}, not on a GPU (jrl doctor); --toy runs anywhere"
+        )
+
+    ends: dict[str, Any] = {}
+    for name, (limit, command) in stages.items():
+        if arguments.stages and name not in arguments.stages:
+            continue
+        left = arguments.seconds - (time.perf_counter() - began)
+        start = time.perf_counter()
+        end = run_stage(command, min(limit, left), out / "gpu.log", environ) if left > 5 else "no time left"
+        ends[name] = {"end": end, "seconds": round(time.perf_counter() - start, 1)}
+        (out / "summary.json").write_text(json.dumps(ends, indent=1) + "\n")
+        print(f"{name}: {end} ({ends[name]['seconds']} s)", flush=True)
+    print(f"{time.perf_counter() - began:.0f} s in all; records in {out / 'gpu.jsonl'}")
+    return 0 if all(end["end"] == "done" for end in ends.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What a computation needs: operations and bytes, counted in its jaxpr before XLA has seen it.
+
+XLA's own ``cost_analysis`` counts the body of a loop once, however often it runs, and its bytes are those of
+one way to compile. Here the body of a ``scan`` counts as often as it runs, and what no output needs is left
+out. Counted are
+
+* *products*: 2·M·N·K for each matrix product (a convolution is one over its patches), by shape;
+* *transcendentals*: tanh, exp, log, sin, sqrt and their kin, one an element;
+* *elementwise*: all other arithmetic, comparisons and reductions, one an element;
+* *random bits*: those drawn, and 64 for each key made;
+* *bytes*: operands and results of products, what is gathered, scattered and sliced, and what a scan reads and
+  stacks. All else is taken to be fused into these, and what a loop carries to stay where it is.
+
+Of the branches of a ``cond`` the cheapest counts; the body of a ``while`` of unknown length counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+Shape = tuple[int, int, int, int]  # batch, M, N, K
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TRANSCENDENTAL = _names(
+    "tanh exp exp2 expm1 log log1p logistic sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh "
+    "erf erfc erf_inv lgamma digamma pow sqrt rsqrt cbrt"
+)
+ELEMENTWISE = _names(
+    "add add_any sub mul div rem max min neg abs sign square integer_pow floor ceil round clamp nextafter "
+    "eq ne lt le gt ge and or xor not is_finite select_n population_count clz "
+    "shift_left shift_right_logical shift_right_arithmetic"
+)
+REDUCTION = _names(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin "
+    "cumsum cumprod cummax cummin cumlogsumexp reduce_precision"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Operations and bytes; see the module. ``array_bytes`` is the size of the largest array moved."""
+
+    products: Mapping[Shape, float] = dataclasses.field(default_factory=dict)
+    transcendentals: float = 0.0
+    elementwise: float = 0.0
+    random_bits: float = 0.0
+    bytes: float = 0.0
+    array_bytes: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Operations of all matrix products."""
+        return sum(self.products.values())
+
+    def __add__(self, other: Work) -> Work:
+        products = {
+            shape: self.products.get(shape, 0.0) + other.products.get(shape, 0.0)
+            for shape in {**self.products, **other.products}
+        }
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in _NUMBERS}
+        return Work(products, array_bytes=max(self.array_bytes, other.array_bytes), **numbers)
+
+    def __mul__(self, times: float) -> Work:
+        products = {shape: flops * times for shape, flops in self.products.items()}
+        numbers = {name: getattr(self, name) * times for name in _NUMBERS}
+        return Work(products, array_bytes=self.array_bytes, **numbers)
+
+    def __sub__(self, other: Work) -> Work:
+        difference = self + other * -1.0
+        products = {shape: flops for shape, flops in difference.products.items() if flops > 0}
+        return dataclasses.replace(difference, products=products)
+
+
+_NUMBERS = ("transcendentals", "elementwise", "random_bits", "bytes")
+
+
+def count(function: Callable[..., Any], *args: Any) -> Work:
+    """Return the work of ``function(*args)``; arguments may be :class:`jax.ShapeDtypeStruct`."""
+    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_jaxpr(jaxpr: Any) -> Work:
+    """Return the work of a jaxpr, all of whose outputs are needed."""
+    return _jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def nbytes(tree: Any) -> float:
+    """Return the bytes of all arrays (or shapes) in a pytree."""
+    return float(sum(_bytes(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def _jaxpr(jaxpr: Any, needed: Sequence[bool]) -> Work:
+    """Count backwards, so that what neither an output nor another counted equation needs is left out."""
+    live = {
+        var for var, need in zip(jaxpr.outvars, needed, strict=True) if need and not isinstance(var, Literal)
+    }
+    work = Work()
+    for equation in reversed(jaxpr.eqns):
+        used = [var in live for var in equation.outvars]
+        if any(used) or equation.effects:
+            work += _equation(equation, used)
+            live.update(var for var in equation.invars if not isinstance(var, Literal))
+    return work
+
+
+def _equation(equation: Any, used: Sequence[bool]) -> Work:
+    name, params = equation.primitive.name, equation.params
+    ins, outs = [var.aval for var in equation.invars], [var.aval for var in equation.outvars]
+    if name == "scan":
+        num_carry, num_fixed = params["num_carry"], params["num_consts"] + params["num_carry"]
+        body = _jaxpr(params["jaxpr"].jaxpr, [True] * num_carry + list(used[num_carry:]))
+        stacked = [aval for aval, use in zip(outs[num_carry:], used[num_carry:], strict=True) if use]
+        return body * params["length"] + _moved(*ins[num_fixed:], *stacked)
+    if name == "while":
+        inner = (params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr)
+        return sum((count_jaxpr(one) for one in inner), Work())
+    if name == "cond":
+        return min((_jaxpr(one.jaxpr, used) for one in params["branches"]), key=_weight)
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in params:
+            inner = getattr(params[key], "jaxpr", params[key])
+            return _jaxpr(inner, used if len(used) == len(inner.outvars) else [True] * len(inner.outvars))
+    return _primitive(name, params, ins, outs)
+
+
+def _primitive(name: str, params: Mapping[str, Any], ins: Sequence[Any], outs: Sequence[Any]) -> Work:
+    if name == "dot_general":
+        (contracting, _), (batch, _) = params["dimension_numbers"]
+        b = math.prod(ins[0].shape[i] for i in batch)
+        k = math.prod(ins[0].shape[i] for i in contracting)
+        m, n = ins[0].size // max(b * k, 1), ins[1].size // max(b * k, 1)
+        return Work({(b, m, n, k): 2.0 * b * m * n * k}) + _moved(*ins, *outs)
+    if name == "conv_general_dilated":
+        out_features = ins[1].shape[params["dimension_numbers"].rhs_spec[0]]
+        k = ins[1].size // max(out_features, 1)
+        m = outs[0].size // max(out_features, 1)
+        return Work({(1, m, out_features, k): 2.0 * outs[0].size * k}) + _moved(*ins, *outs)
+    if name in TRANSCENDENTAL:
+        return Work(transcendentals=outs[0].size)
+    if name in ELEMENTWISE:
+        return Work(elementwise=outs[0].size)
+    if name in REDUCTION:
+        return Work(elementwise=ins[0].size)
+    if name == "sort":
+        return Work(elementwise=ins[0].size * math.log2(max(ins[0].size, 2))) + _moved(*ins, *outs)
+    if name == "random_bits":
+        return Work(random_bits=float(outs[0].size * params["bit_width"]))
+    if name in ("random_split", "random_fold_in", "random_seed"):
+        return Work(random_bits=64.0 * outs[0].size)
+    if name == "threefry2x32":
+        return Work(random_bits=32.0 * sum(out.size for out in outs))
+    if name in ("gather", "dynamic_slice"):
+        return _moved(outs[0], outs[0])
+    if name == "dynamic_update_slice":
+        return _moved(ins[1], ins[1])
+    if name.startswith("scatter"):
+        return _moved(ins[2], ins[2])
+    return Work()  # shapes, copies and casts: fused into what uses them
+
+
+def _moved(*arrays: Any) -> Work:
+    sizes = [_bytes(array) for array in arrays]
+    return Work(bytes=float(sum(sizes)), array_bytes=float(max(sizes, default=0)))
+
+
+def _bytes(array: Any) -> int:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return 8 * math.prod(array.shape)
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+def _weight(work: Work) -> float:
+    return work.flops + work.elementwise + 10 * work.transcendentals + work.random_bits + work.bytes
