@@ -39,9 +39,14 @@ MEMORY_DEFAULTS = {"seeds": 128, "env_steps": 12_000}
 
 
 def make_jobs(
-    name: str, work: Work, peer_path: Path | None, peer_python: str, threads: int | None = None
+    name: str,
+    work: Work,
+    peer_path: Path | None,
+    peer_python: str,
+    threads: int | None = None,
+    peer_threads: int | None = None,
 ) -> dict[str, Job]:
-    """Return the two sides of a comparison; ``threads`` sets XLA's pool on both (None: as pinned, and safe)."""
+    """Return the two sides of a comparison; ``threads`` size XLA's pools (None: as pinned, and safe)."""
     peer, source = PEERS[name], None
     if peer.file is not None:
         if peer_path is None:
@@ -50,19 +55,20 @@ def make_jobs(
         if not Path(source).exists():
             raise SystemExit(f"--peer-path {peer_path}: it has no {peer.file}; pass a clone of the peer.")
     # No cache: compile seconds are those of a first start. Flags, cores and pool size are inherited by both.
-    environ = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    ours = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    # jrl's own path must not decide which packages the peer gets.
+    theirs = {key: value for key, value in ours.items() if key != "PYTHONPATH"}
+    if peer_threads is not None:
+        theirs["NPROC"] = str(peer_threads)
     if threads is not None:
-        environ["NPROC"] = str(threads)
-    ours = dict(environ)
+        ours["NPROC"] = str(threads)
+    elif work.devices > 1:
+        ours.pop("NPROC", None)  # more devices may need more threads than were pinned
     if work.devices > 1:
         from jrl import xla
 
-        if threads is None:
-            ours.pop("NPROC", None)  # more devices may need more threads than were pinned
         xla.configure(ours, num_devices=work.devices)
     plain = dataclasses.asdict(work)
-    # jrl's own path must not decide which packages the peer gets.
-    theirs = {key: value for key, value in environ.items() if key != "PYTHONPATH"}
     return {
         "jrl": Job(sys.executable, ours, "ours", peer.algorithm, plain),
         "peer": Job(peer_python, theirs, peer.module, peer.algorithm, plain, source),
@@ -88,7 +94,9 @@ def measure_speed(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[str
     finally:
         for worker in workers.values():
             worker.close()
+    compiling = {side: compile_seconds(worker) for side, worker in workers.items()}
     return {
+        "compile_ratio": round(compiling["peer"] / compiling["jrl"], 3) if compiling["peer"] else None,
         "ratio": throughput.spread([row["ratio"] for row in rows]),
         "cpu_ratio": throughput.spread([row["cpu_ratio"] for row in rows]),
         **{
@@ -111,6 +119,10 @@ def measure_compile(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[s
         row: dict[str, Any] = {}
         for side, job in jobs.items():
             with Worker(job.module, job, limit) as worker:
+                if compile_seconds(worker) is None:
+                    raise SystemExit(
+                        f"{job.module}: it has no compiled program; --compile is for those that do."
+                    )
                 row[side] = {name: worker.ready[name] for name in ("lower_seconds", "compile_seconds")}
                 where[side] = worker.ready["machine"]
         totals = {side: sum(row[side].values()) for side in jobs}
@@ -145,6 +157,10 @@ def measure_memory(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[st
         row: dict[str, Any] = {}
         for side, job in jobs.items():
             with Worker(job.module, job, limit) as worker:
+                if compile_seconds(worker) is None:
+                    raise SystemExit(
+                        f"{job.module}: it has no compiled program; --memory is for those that do."
+                    )
                 one = worker.repeat(pair)
                 where[side] = worker.ready["machine"]
                 program = worker.ready["program_bytes"]
@@ -171,6 +187,13 @@ def measure_memory(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[st
         **{side: {"machine": where[side]} for side in jobs},
         "pairs": rows,
     }
+
+
+def compile_seconds(worker: Worker) -> float | None:
+    """Return its seconds of lowering and compiling; None where it has no program of its own."""
+    if "compile_seconds" not in worker.ready:
+        return None
+    return worker.ready["lower_seconds"] + worker.ready["compile_seconds"]
 
 
 def _column(rows: Sequence[dict[str, Any]], side: str, field: str) -> list[Any]:
@@ -230,19 +253,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_work_flags(parser)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--core", type=throughput.cores, default=[0], help="core(s) for both, as 0 or 0,1")
-    parser.add_argument(
-        "--threads", type=int, help="of XLA's pool, on both sides (default: 1, or what is safe)"
-    )
+    parser.add_argument("--threads", type=int, help="of XLA's pool, jrl's side (default: what is safe)")
+    parser.add_argument("--peer-threads", type=int, help="of the other's (default: 1 on one core, else 4)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a worker may take for an answer")
     parser.add_argument("--out", type=Path, default=throughput.RESULTS)
     arguments = parser.parse_args(argv)
     work = work_from(arguments, PEERS[arguments.peer].algorithm)
     throughput.pin(arguments.core)
-    jobs = make_jobs(arguments.peer, work, arguments.peer_path, arguments.peer_python, arguments.threads)
+    jobs = make_jobs(
+        arguments.peer,
+        work,
+        arguments.peer_path,
+        arguments.peer_python,
+        arguments.threads,
+        arguments.peer_threads,
+    )
     measure = "compile" if arguments.compile else "memory" if arguments.memory else "speed"
     name = f"peers-{arguments.peer}" if measure == "speed" else f"peers-{measure}-{arguments.peer}"
     record = {
         **throughput.header(name, work),
+        "algorithm": PEERS[arguments.peer].algorithm,
         "peer": arguments.peer,
         "peer_commit": throughput.commit(arguments.peer_path) if arguments.peer_path else None,
         **MEASURES[measure](jobs, arguments.pairs, arguments.limit),

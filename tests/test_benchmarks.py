@@ -232,13 +232,17 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_two_devices_get_the_pool_that_they_need(fake_clone, monkeypatch):
     monkeypatch.setenv("NPROC", "1")  # as pinned to one core
-    for threads in (None, 7):
-        work = peers.Work(**TOY_PPO, seeds=2, devices=2)
-        jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python", threads)
-        assert "--xla_force_host_platform_device_count=2" in jobs["jrl"].environ["XLA_FLAGS"]
-        assert jobs["jrl"].environ.get("NPROC") != "1"
-        assert jobs["peer"].environ["NPROC"] == str(threads or 1)
-        assert "PYTHONPATH" not in jobs["peer"].environ
+    monkeypatch.setattr("jrl.xla._jaxlib", lambda: (0, 10))
+    monkeypatch.setattr("jrl.xla._cores", lambda: 2)
+    work = peers.Work(**TOY_PPO, seeds=2, devices=2)
+    jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python")
+    assert "--xla_force_host_platform_device_count=2" in jobs["jrl"].environ["XLA_FLAGS"]
+    assert int(jobs["jrl"].environ["NPROC"]) >= 4
+    assert jobs["peer"].environ["NPROC"] == "1"
+    assert "PYTHONPATH" not in jobs["peer"].environ
+    jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python", 7, 8)
+    assert jobs["jrl"].environ["NPROC"] == "7"
+    assert jobs["peer"].environ["NPROC"] == "8"
 
 
 def test_returns_of_zero_or_none_have_a_spread():

@@ -1,7 +1,7 @@
 """SBX (PyPI ``sbx-rl``): Stable-Baselines3 in JAX, ``PPO`` and ``DQN`` on gymnasium's environments.
 
-Its PPO does not clip the value, its DQN has Huber's loss. Each new model compiles its updates anew: that is done before the clock starts, by a short training of it,
-whose few updates the timed one then has in addition.
+Its PPO does not clip the value, its DQN has Huber's loss. Each new model compiles its updates anew: that is done
+before the clock starts, by a short training of it, whose few updates the timed one then has in addition.
 """
 
 from __future__ import annotations
