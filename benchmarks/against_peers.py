@@ -13,11 +13,13 @@ what it needs, from a clone (``--peer-path``: PureJaxRL, Stoix); see ``peers/``,
 train on the same environment with the same network sizes, hyperparameters and number of environment steps.
 
 A repeat is a whole training from a fresh key, compiled beforehand, timed until its results are ready. Then what
-was learned is evaluated greedily, and the mean return of the last episodes of training is taken too (the greedy
-policy of a half-trained network is noisy), so that speed is not bought with learning. Only ratios within a pair
-are to be trusted on a machine that others use. ``--compile`` compares compiling in fresh processes without a
-cache, ``--memory`` what the compiled program needs and the resident memory of the process, in place of the
-speed. One JSON line a comparison, raw repeats included, is appended to ``benchmarks/results/peers-*.jsonl``.
+was learned is evaluated, greedily and acting as in training (the greedy policy of a half-trained network is
+noisy), and the mean return of the last episodes of training is taken where it is logged, so that speed is not
+bought with learning. Only ratios within a pair are to be trusted on a machine that others use.
+
+In place of the speed, ``--compile`` compares compiling in fresh processes without a cache, and ``--memory`` what
+the compiled program needs and how far the process's resident memory rises. One JSON line a comparison, raw
+repeats included, is appended to ``benchmarks/results/peers-*.jsonl``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +37,7 @@ import throughput
 from peers import DEFAULTS, PEERS, Work
 from peers.protocol import Job, Worker
 
+RETURNS = ("episode_return", "sampled_return", "training_return")
 # 10^4 transitions each, a full replay and some updates.
 MEMORY_DEFAULTS = {"seeds": 128, "env_steps": 12_000}
 
@@ -102,8 +106,7 @@ def measure_speed(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[str
         **{
             side: {
                 "env_steps_per_second": throughput.spread(_column(rows, side, "env_steps_per_second")),
-                "episode_return": spread_of_returns(_column(rows, side, "episode_return")),
-                "training_return": spread_of_returns(_column(rows, side, "training_return")),
+                **{name: spread_of_returns(_column(rows, side, name)) for name in RETURNS},
                 **workers[side].ready,
             }
             for side in jobs
@@ -201,11 +204,11 @@ def _column(rows: Sequence[dict[str, Any]], side: str, field: str) -> list[Any]:
 
 
 def _returns(row: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{side} returns {row[side]['episode_return']:.1f} greedy"
-        + ("" if row[side]["training_return"] is None else f" {row[side]['training_return']:.1f} training")
-        for side in ("jrl", "peer")
-    )
+    def listed(side: str) -> str:
+        values = (row[side][name] for name in RETURNS)
+        return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
+
+    return f"returns greedy / sampled / in training: {listed('jrl')} and {listed('peer')}"
 
 
 def spread_of_returns(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -213,10 +216,7 @@ def spread_of_returns(values: Sequence[float | None]) -> dict[str, float] | None
     known = [value for value in values if value is not None]
     if not known:
         return None
-    middle = sorted(known)
-    half = len(middle) // 2
-    median = middle[half] if len(middle) % 2 else (middle[half - 1] + middle[half]) / 2
-    return {"median": round(median, 2), "min": min(known), "max": max(known)}
+    return {"median": round(statistics.median(known), 2), "min": min(known), "max": max(known)}
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

@@ -145,6 +145,7 @@ def test_the_alternating_comparison_with_a_fake_peer(tmp_path, fake_clone):
         assert row["peer"]["training_return"] == 3.0
     for side in ("jrl", "peer"):
         assert 1 <= record[side]["episode_return"]["median"] <= 500
+        assert 1 <= record[side]["sampled_return"]["median"] <= 500
         assert record[side]["compile_seconds"] > 0
         assert record[side]["machine"]["jax"]
         assert record[side]["machine"]["cores"] in (None, [core])
@@ -223,6 +224,7 @@ def test_members_over_two_devices():
     returns = training.returns(result, 0)
     assert 1 <= returns["training_return"] <= 64
     assert 1 <= returns["episode_return"] <= 500
+    assert 1 <= returns["sampled_return"] <= 500
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -43,14 +43,17 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
         state, metrics = jax.device_get(result)
         late = jax.tree.map(lambda leaf: leaf[..., -max(1, int(num_steps * LAST)) :], metrics)
         ended = late["num_episodes"].sum()
-        greedy = []
+        rows = []
         for member in range(work.seeds):
             one = state if work.seeds == 1 else jax.tree.map(lambda leaf, at=member: leaf[at], state)
-            key = jax.random.fold_in(jax.random.key(EVAL_SEED + seed), member)
-            stats = jrl.evaluate(key, env, algo.policy(one), num_episodes=eval_episodes(work.seeds))
-            greedy.append(np.mean(stats.episode_return))
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(EVAL_SEED + seed), member))
+            policies = algo.policy(one), algo.policy(one, greedy=False)
+            for key, policy in zip(keys, policies, strict=True):
+                stats = jrl.evaluate(key, env, policy, num_episodes=eval_episodes(work.seeds))
+                rows.append(np.mean(stats.episode_return))
         return {
-            "episode_return": float(np.mean(greedy)),
+            "episode_return": float(np.mean(rows[::2])),
+            "sampled_return": float(np.mean(rows[1::2])),
             "training_return": float((late["episode_return"] * late["num_episodes"]).sum() / ended)
             if ended
             else None,

@@ -5,28 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peers import EVAL_SEED, eval_episodes
+from peers import EPSILON_END, EVAL_SEED, eval_episodes
 
 
-def player(act: Callable[..., Any], work: Any) -> Callable[[Any, int], float]:
-    """Return ``(learned, seed) -> mean return``, over members (a leading axis of ``learned``) and episodes.
+def player(
+    algorithm: str, head: Callable[[Any, Any], Any], work: Any
+) -> Callable[[Any, int], dict[str, float | None]]:
+    """Return ``(learned, seed) -> mean returns``, over members (a leading axis of ``learned``) and episodes.
 
-    ``act(learned, obs, key) -> action``, of a batch of flat observations.
+    ``head(learned, obs)`` are the logits (PPO) or values (DQN) of a batch of flat observations. Half of the
+    environments act greedily, half as in training: so there is one program to compile.
     """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     episodes = eval_episodes(work.seeds)
-    play = jax.jit(lambda learned, key: play_episodes(act, learned, key, work.env, episodes))
 
-    def mean_return(learned: Any, seed: int) -> float:
+    def act(learned: Any, obs: Any, key: Any) -> Any:
+        scores = head(learned, obs)
+        greedy = scores.argmax(-1)
+        draw_key, explore_key = jax.random.split(key)
+        if algorithm == "ppo":
+            sampled = jax.random.categorical(draw_key, scores)
+        else:
+            anything = jax.random.randint(draw_key, greedy.shape, 0, scores.shape[-1])
+            explores = jax.random.uniform(explore_key, greedy.shape) < EPSILON_END
+            sampled = jnp.where(explores, anything, greedy)
+        return jnp.where(jnp.arange(2 * episodes) < episodes, greedy, sampled)
+
+    play = jax.jit(lambda learned, key: play_episodes(act, learned, key, work.env, 2 * episodes))
+
+    def mean_returns(learned: Any, seed: int) -> dict[str, float | None]:
         key = jax.random.PRNGKey(EVAL_SEED + seed)
-        if work.seeds == 1:
-            return float(play(learned, key).mean())
-        members = (jax.tree.map(lambda leaf, at=at: leaf[at], learned) for at in range(work.seeds))
-        return float(np.mean([play(one, jax.random.fold_in(key, at)) for at, one in enumerate(members)]))
+        rows = []
+        for at in range(work.seeds):
+            one = learned if work.seeds == 1 else jax.tree.map(lambda leaf, at=at: leaf[at], learned)
+            rows.append(play(one, jax.random.fold_in(key, at)).reshape(2, episodes).mean(1))
+        greedy, sampled = np.mean(rows, axis=0)
+        return {"episode_return": float(greedy), "sampled_return": float(sampled)}
 
-    return mean_return
+    return mean_returns
 
 
 def play_episodes(act: Callable[..., Any], learned: Any, key: Any, env_id: str, episodes: int) -> Any:

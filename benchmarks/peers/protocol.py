@@ -35,8 +35,9 @@ class Training:
     Attributes:
         prepare: seed -> what ``run`` takes; not timed.
         run: the training; its result is waited for, and timed.
-        returns: (result, seed) -> ``episode_return``, the mean of greedy episodes, and ``training_return``, the
-            mean of the last ones of training, None where none ended.
+        returns: (result, seed) -> ``episode_return``, the mean of greedy episodes; ``sampled_return``, of
+            episodes played as in training (sampled, or ε-greedy); ``training_return``, of the last ones of
+            training, None where none ended or none are logged.
         compiled: ``lower_seconds``, ``compile_seconds`` and ``program_bytes`` (see :func:`compile_program`).
     """
 

@@ -83,18 +83,15 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
         jax.jit(train if work.seeds == 1 else jax.vmap(train)), jax.eval_shape(prepare, 0)
     )
 
-    def greedy(learned: Any, obs: Any, key: Any) -> Any:
-        head = learned.apply_fn(learned.params, obs)
-        head = head[0] if isinstance(head, tuple) else head
-        return getattr(head, "logits", head).argmax(-1)
+    def head(learned: Any, obs: Any) -> Any:
+        out = learned.apply_fn(learned.params, obs)
+        return out[0].logits if algorithm == "ppo" else out
 
-    mean_return = play.player(greedy, work)
+    mean_returns = play.player(algorithm, head, work)
 
     def returns(out: Any, seed: int) -> dict[str, float | None]:
-        return {
-            "episode_return": mean_return(out["runner_state"][0], seed),
-            "training_return": training_return(out["metrics"], work.seeds),
-        }
+        learned, log = out["runner_state"][0], out["metrics"]
+        return {**mean_returns(learned, seed), "training_return": training_return(log, work.seeds)}
 
     return Training(prepare, lambda key: jax.block_until_ready(compiled(key)), returns, facts)
 

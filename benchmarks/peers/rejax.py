@@ -45,11 +45,8 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
             agent_kwargs={"activation": work.activation, "hidden_layer_sizes": tuple(work.hidden_sizes)},
         )
 
-        def logits(ts: Any, obs: Any) -> Any:
+        def head(ts: Any, obs: Any) -> Any:
             return algo.actor.apply(ts.actor_ts.params, obs, method="_action_dist").logits
-
-        def sampled(ts: Any, obs: Any, key: Any) -> Any:
-            return jax.random.categorical(key, logits(ts, obs))
 
     else:
         algo = rejax.DQN.create(
@@ -70,11 +67,8 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
         agent = algo.agent.clone(hidden_layer_sizes=tuple(work.hidden_sizes), activation=activation)
         algo = algo.replace(agent=agent)
 
-        def logits(ts: Any, obs: Any) -> Any:
+        def head(ts: Any, obs: Any) -> Any:
             return algo.agent.apply(ts.q_ts.params, obs)
-
-        def sampled(ts: Any, obs: Any, key: Any) -> Any:
-            return algo.agent.apply(ts.q_ts.params, obs, key, epsilon=peers.EPSILON_END, method="act")
 
     # Its evaluation is part of its training program; the command evaluates afterwards, untimed.
     algo = algo.replace(eval_callback=lambda algo, ts, key: ())
@@ -89,12 +83,10 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
     compiled, facts = compile_program(
         jax.jit(train if work.seeds == 1 else jax.vmap(train)), jax.eval_shape(prepare, 0)
     )
-    play_greedily = play.player(lambda ts, obs, key: logits(ts, obs).argmax(-1), work)
-    play_sampled = play.player(sampled, work)
+    mean_returns = play.player(algorithm, head, work)
 
     def returns(ts: Any, seed: int) -> dict[str, float | None]:
-        # It logs no episodes of its training: those that the final policy samples stand for the last ones.
         acting = ts.replace(replay_buffer=()) if algorithm == "dqn" else ts
-        return {"episode_return": play_greedily(acting, seed), "training_return": play_sampled(acting, seed)}
+        return {**mean_returns(acting, seed), "training_return": None}  # it logs no episodes of its training
 
     return Training(prepare, lambda key: jax.block_until_ready(compiled(key)), returns, facts)

@@ -93,17 +93,21 @@ def stable_baselines(
     def run(one: Any) -> Any:
         return one.learn(total_timesteps=work.env_steps)
 
-    def returns(one: Any, seed: int) -> dict[str, float | None]:
-        last = [episode["r"] for episode in one.ep_info_buffer]  # its own log: the last 100
-        env = make_vec_env(work.env, n_envs=peers.EVAL_EPISODES, seed=peers.EVAL_SEED + seed)
+    def play(one: Any, seed: int, greedy: bool) -> float:
+        env = make_vec_env(work.env, n_envs=peers.EVAL_EPISODES, seed=seed)
         obs, total, going = env.reset(), np.zeros(env.num_envs), np.ones(env.num_envs, bool)
         while going.any():
-            action, _ = one.predict(obs, deterministic=True)
+            action, _ = one.predict(obs, deterministic=greedy)
             obs, reward, done, _ = env.step(action)
             total += np.where(going, reward, 0.0)
             going &= ~done
+        return float(total.mean())
+
+    def returns(one: Any, seed: int) -> dict[str, float | None]:
+        last = [episode["r"] for episode in one.ep_info_buffer]  # its own log: the last 100
         return {
-            "episode_return": float(total.mean()),
+            "episode_return": play(one, peers.EVAL_SEED + seed, greedy=True),
+            "sampled_return": play(one, peers.EVAL_SEED + seed, greedy=False),
             "training_return": float(np.mean(last)) if last else None,
         }
 

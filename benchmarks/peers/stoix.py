@@ -77,10 +77,10 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
     learn, actor, first = setup(0)
     compiled, facts = compile_program(learn, first)
 
-    def greedy(params: Any, obs: Any, key: Any) -> Any:
-        return actor.apply(params, obs).mode()
+    def head(params: Any, obs: Any) -> Any:
+        return actor.apply(params, obs).logits
 
-    mean_return = play.player(greedy, work)
+    mean_returns = play.player(algorithm, head, work)
 
     def returns(out: Any, seed: int) -> dict[str, float | None]:
         # Leading axes: device and batch, one each; then the updates.
@@ -89,7 +89,7 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
         late = {name: leaf[-max(1, int(len(leaf) * peers.LAST)) :] for name, leaf in log.items()}
         ended = late["is_terminal_step"]
         return {
-            "episode_return": mean_return(params, seed),
+            **mean_returns(params, seed),
             "training_return": float(late["episode_return"][ended].mean()) if ended.any() else None,
         }
 
