@@ -17,7 +17,7 @@ import against_peers  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
 import throughput  # noqa: E402
-from peers import ours, protocol  # noqa: E402
+from peers import ours, protocol, purejaxrl  # noqa: E402
 
 TOY_DQN = throughput.Work(
     "dqn", env_steps=200, num_envs=4, unroll_length=1, batch_size=8, capacity=100, warmup_env_steps=40
@@ -251,6 +251,18 @@ def test_returns_of_zero_or_none_have_a_spread():
     assert against_peers.spread_of_returns([0.0, 0.0, 3.0, None]) == {"median": 0.0, "min": 0.0, "max": 3.0}
     assert against_peers.spread_of_returns([1.0, 2.0]) == {"median": 1.5, "min": 1.0, "max": 2.0}
     assert against_peers.spread_of_returns([None]) is None
+
+
+def test_constant_keys_can_be_made_each_members_own():
+    def train(key):
+        return jax.random.normal(jax.random.PRNGKey(0))
+
+    keys = jax.random.split(jax.random.PRNGKey(3), 2)
+    shared = jax.vmap(train)(keys)
+    assert shared[0] == shared[1]
+    own = jax.jit(jax.vmap(purejaxrl.with_own_keys(train)))(keys)
+    assert own[0] != own[1]
+    np.testing.assert_array_equal(jax.random.PRNGKey(0), [0, 0])  # as before
 
 
 def fake_job(file, **work):

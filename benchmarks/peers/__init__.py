@@ -24,6 +24,7 @@ class Peer:
 PEERS = {
     "purejaxrl-ppo": Peer("ppo", "purejaxrl", "purejaxrl/ppo.py"),
     "purejaxrl-dqn": Peer("dqn", "purejaxrl", "purejaxrl/dqn.py"),
+    "purejaxrl-dqn-independent": Peer("dqn", "purejaxrl_independent", "purejaxrl/dqn.py"),
     "rejax-ppo": Peer("ppo", "rejax"),
     "rejax-dqn": Peer("dqn", "rejax"),
     "stoix-ppo": Peer("ppo", "stoix", "stoix/systems/ppo/anakin/ff_ppo.py"),

@@ -1,14 +1,16 @@
 """PureJaxRL (https://github.com/luchris429/purejaxrl): ``make_train(config)`` of its clone's ``ppo.py``, ``dqn.py``.
 
 Runs with gymnax 0.0.9, distrax and flashbax under a current JAX. Its DQN draws everything but the first
-observations from a constant key: vmapped seeds share their exploration and their batches' indices, which spares
-it work that independent seeds would have. That is left as it is.
+observations from a constant key: vmapped seeds share their networks' start, their exploration and their batches'
+indices, which spares it work that independent seeds would have. ``purejaxrl-dqn`` leaves that as it is;
+``purejaxrl-dqn-independent`` gives each seed a key of its own, see :func:`with_own_keys`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def dqn_config(work: Any) -> dict[str, Any]:
 NETWORKS = {"ppo": ((64, 64), ("tanh", "relu")), "dqn": ((120, 84), ("relu",))}  # written into its files
 
 
-def training(algorithm: str, work: Any, source: Path) -> Training:
+def training(algorithm: str, work: Any, source: Path, own_keys: bool = False) -> Training:
     import jax
 
     sizes, activations = NETWORKS[algorithm]
@@ -74,6 +76,8 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
         )
     config = {"ppo": ppo_config, "dqn": dqn_config}[algorithm](work)
     train = load(source).make_train(config)
+    if own_keys:
+        train = with_own_keys(train)
 
     def prepare(seed: int) -> Any:
         key = jax.random.PRNGKey(seed)
@@ -94,6 +98,21 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
         return {**mean_returns(learned, seed), "training_return": training_return(log, work.seeds)}
 
     return Training(prepare, lambda key: jax.block_until_ready(compiled(key)), returns, facts)
+
+
+def with_own_keys(train: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let the constant keys that ``train`` makes while it is traced depend on the key it is given."""
+    import jax
+
+    def independent(key: Any) -> Any:
+        constant = jax.random.PRNGKey
+        jax.random.PRNGKey = lambda seed: jax.random.fold_in(key, seed)
+        try:
+            return train(key)
+        finally:
+            jax.random.PRNGKey = constant
+
+    return independent
 
 
 def training_return(metrics: dict[str, Any], seeds: int) -> float | None:
