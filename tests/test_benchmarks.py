@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -14,14 +16,16 @@ sys.path.insert(0, str(FOLDER))
 import against_peers  # noqa: E402
 import env_stepping  # noqa: E402
 import learning  # noqa: E402
+import peers  # noqa: E402
 import throughput  # noqa: E402
+from peers import ours, protocol, purejaxrl  # noqa: E402
 
 TOY_DQN = throughput.Work(
     "dqn", env_steps=200, num_envs=4, unroll_length=1, batch_size=8, capacity=100, warmup_env_steps=40
 )
 MACHINE = {"python", "jax", "jaxlib", "gymnax", "device", "cpu", "matmul_precision", "cores", "NPROC"}
 
-# Learns nothing, has the interface: a TrainState-like record first in runner_state.
+# Learns nothing, has PureJaxRL's interface: a TrainState-like record first in runner_state, a log of episodes.
 FAKE_PEER = """
 import jax, jax.numpy as jnp
 import wandb
@@ -48,9 +52,12 @@ def make_train(config):
     def train(key):
         params = jax.random.normal(key, (4, 2))
         params = jax.lax.fori_loop(0, updates, lambda _, p: jnp.tanh(p), params)
-        return {"runner_state": (Learned(params, apply), key), "metrics": {}}
+        returns = jnp.arange(updates, dtype=float)[:, None, None] * jnp.ones((1, config["NUM_STEPS"], 1))
+        metrics = {"returned_episode_returns": returns, "returned_episode": returns % 2 == 1}
+        return {"runner_state": (Learned(params, apply), key), "metrics": metrics}
     return train
 """
+TOY_PPO = {"env_steps": 256, "num_envs": 4, "unroll_length": 16, "num_minibatches": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -115,17 +122,22 @@ def run_script(*arguments, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=200)
 
 
-def test_the_alternating_comparison_with_a_fake_peer(tmp_path):
-    peer = tmp_path / "clone" / "purejaxrl" / "ppo.py"
-    peer.parent.mkdir(parents=True)
-    peer.write_text(FAKE_PEER)
+@pytest.fixture
+def fake_clone(tmp_path):
+    file = tmp_path / "clone" / "purejaxrl" / "ppo.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(FAKE_PEER)
+    return tmp_path / "clone"
+
+
+def test_the_alternating_comparison_with_a_fake_peer(tmp_path, fake_clone):
     core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    toy = ["--env-steps", 256, "--num-envs", 4, "--unroll-length", 16, "--num-minibatches", 2]
+    toy = [part for name, value in TOY_PPO.items() for part in ("--" + name.replace("_", "-"), value)]
     out = run_script(
         "against_peers.py",
         "purejaxrl-ppo",
         "--peer-path",
-        tmp_path / "clone",
+        fake_clone,
         "--pairs",
         2,
         "--core",
@@ -141,37 +153,156 @@ def test_the_alternating_comparison_with_a_fake_peer(tmp_path):
     assert [row["jrl"]["seed"] for row in record["pairs"]] == [1, 2]
     assert [row["peer"]["seed"] for row in record["pairs"]] == [1, 2]
     for row in record["pairs"]:
-        assert row["ratio"] == pytest.approx(row["peer"]["seconds"] / row["jrl"]["seconds"], abs=1e-4)
+        assert row["ratio"] == pytest.approx(row["peer"]["seconds"] / row["jrl"]["seconds"], abs=1e-3)
+        # Of 4 updates the last quarter is update 3; its episodes returned 3.
+        assert row["peer"]["training_return"] == 3.0
     for side in ("jrl", "peer"):
         assert 1 <= record[side]["episode_return"]["median"] <= 500
+        assert 1 <= record[side]["sampled_return"]["median"] <= 500
         assert record[side]["compile_seconds"] > 0
         assert record[side]["machine"]["jax"]
         assert record[side]["machine"]["cores"] in (None, [core])
+    assert 1 <= record["jrl"]["training_return"]["median"] <= 64
     assert record["jrl"]["machine"]["NPROC"] == record["peer"]["machine"]["NPROC"]
     assert record["work"]["env_steps"] == 256
     assert str(tmp_path) not in line
+
+
+class FakeWorker:
+    """Answers as a process would; ``started`` counts them."""
+
+    started = 0
+
+    def __init__(self, name, job, limit):
+        FakeWorker.started += 1
+        scale = 2 if job.module == "purejaxrl" else 1
+        self.ready = {
+            "lower_seconds": 1.0 * scale,
+            "compile_seconds": 2.0 * scale,
+            "program_bytes": {"temp": 60 * scale, "total": 100 * scale},
+            "machine": {"python": sys.version},
+        }
+        self.answer = {"resident_bytes": 1000, "peak_bytes": 1000 + 30 * scale**2, "seconds": 1.0}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def repeat(self, seed):
+        return {"seed": seed, **self.answer}
+
+
+def test_compile_and_memory_are_those_of_fresh_processes(fake_clone, monkeypatch):
+    monkeypatch.setattr(against_peers, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "started", 0)
+    jobs = against_peers.make_jobs("purejaxrl-ppo", peers.Work(), fake_clone, sys.executable)
+    record = against_peers.measure_compile(jobs, pairs=2, limit=1)
+    assert FakeWorker.started == 4
+    assert record["ratio"]["median"] == 6 / 3
+    assert record["peer"]["compile_seconds"]["median"] == 4.0
+    record = against_peers.measure_memory(jobs, pairs=2, limit=1)
+    assert FakeWorker.started == 8
+    assert record["ratio"]["median"] == 200 / 100
+    assert record["process_ratio"]["median"] == 120 / 30
+    assert [row["jrl"]["seed"] for row in record["pairs"]] == [0, 1]
+
+
+def test_the_programs_bytes_and_the_processs_peak():
+    x = jax.ShapeDtypeStruct((1000,), np.float32)
+    _, facts = protocol.compile_program(jax.jit(lambda x: x + 1), x)
+    assert facts["program_bytes"]["total"] == facts["program_bytes"]["temp"] + 2 * 4000
+    _, facts = protocol.compile_program(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+    assert facts["program_bytes"]["total"] == facts["program_bytes"]["temp"] + 4000  # one in place of two
+
+    def run(size):
+        return np.ones(size, np.uint8).sum()  # all of its pages are touched, and it is freed again
+
+    training = protocol.Training(lambda seed: 64 << 20, run, lambda result, seed: {})
+    row = protocol.repeat(training, peers.Work(), 0)
+    if row["peak_bytes"] is not None:
+        assert 64 << 20 <= row["peak_bytes"] - row["resident_bytes"] + (4 << 20) < 200 << 20
+
+
+def test_members_over_two_devices():
+    work = peers.Work(**TOY_PPO, seeds=2, devices=2, hidden_sizes=(4,))
+    training = ours.training("ppo", work, None)
+    state, metrics = result = training.run(training.prepare(0))
+    assert len(state.env_steps.sharding.device_set) == 2
+    assert state.env_steps[:, 0].tolist() == [256, 256]
+    assert metrics["num_episodes"].shape == (2, 4)
+    first, second = jax.tree.leaves(state.params)[-1]
+    assert not np.array_equal(first, second)
+    returns = training.returns(result, 0)
+    assert 1 <= returns["training_return"] <= 64
+    assert 1 <= returns["episode_return"] <= 500
+    assert 1 <= returns["sampled_return"] <= 500
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"devices=1000: this process has"):
+        ours.training("ppo", peers.Work(**TOY_PPO, devices=1000), None)
+
+
+def test_two_devices_get_the_pool_that_they_need(fake_clone, monkeypatch):
+    monkeypatch.setenv("NPROC", "1")  # as pinned to one core
+    monkeypatch.setattr("jrl.xla._jaxlib", lambda: (0, 10))
+    monkeypatch.setattr("jrl.xla._cores", lambda: 2)
+    work = peers.Work(**TOY_PPO, seeds=2, devices=2)
+    jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python")
+    assert "--xla_force_host_platform_device_count=2" in jobs["jrl"].environ["XLA_FLAGS"]
+    assert int(jobs["jrl"].environ["NPROC"]) >= 4
+    assert jobs["peer"].environ["NPROC"] == "1"
+    assert "PYTHONPATH" not in jobs["peer"].environ
+    jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python", 7, 8)
+    assert jobs["jrl"].environ["NPROC"] == "7"
+    assert jobs["peer"].environ["NPROC"] == "8"
+
+
+def test_returns_of_zero_or_none_have_a_spread():
+    assert against_peers.spread_of_returns([0.0, 0.0, 3.0, None]) == {"median": 0.0, "min": 0.0, "max": 3.0}
+    assert against_peers.spread_of_returns([1.0, 2.0]) == {"median": 1.5, "min": 1.0, "max": 2.0}
+    assert against_peers.spread_of_returns([None]) is None
+
+
+def test_constant_keys_can_be_made_each_members_own():
+    def train(key):
+        return jax.random.normal(jax.random.PRNGKey(0))
+
+    keys = jax.random.split(jax.random.PRNGKey(3), 2)
+    shared = jax.vmap(train)(keys)
+    assert shared[0] == shared[1]
+    own = jax.jit(jax.vmap(purejaxrl.with_own_keys(train)))(keys)
+    assert own[0] != own[1]
+    np.testing.assert_array_equal(jax.random.PRNGKey(0), [0, 0])  # as before
+
+
+def fake_job(file, **work):
+    return protocol.Job(sys.executable, dict(os.environ), "purejaxrl", "dqn", work, str(file))
 
 
 def test_a_peer_that_fails_says_so_and_writes_no_record(tmp_path):
     peer = tmp_path / "purejaxrl" / "dqn.py"
     peer.parent.mkdir()
     peer.write_text("raise ImportError('a package the peer needs')")
-    # No jrl in that process either: the peer's worker is asked directly.
-    job = {"peer": "purejaxrl-dqn", "file": str(peer), "work": {}}
     with pytest.raises(SystemExit, match="purejaxrl-dqn: it ended with exit status 1"):
-        against_peers.Worker("purejaxrl-dqn", sys.executable, job, dict(os.environ), limit=100)
+        protocol.Worker(
+            "purejaxrl-dqn", fake_job(peer, **vars(peers.Work(**peers.DEFAULTS["dqn"]))), limit=100
+        )
     out = run_script("against_peers.py", "purejaxrl-ppo", "--peer-path", tmp_path, tmp_path=tmp_path)
     assert out.returncode != 0
     assert "it has no purejaxrl/ppo.py; pass a clone of the peer" in out.stderr
     assert not list(tmp_path.glob("*.jsonl"))
+    with pytest.raises(SystemExit, match="stoix-ppo: it is imported from a clone; pass --peer-path"):
+        against_peers.make_jobs("stoix-ppo", peers.Work(), None, "python")
 
 
 def test_a_worker_that_does_not_answer_is_stopped(tmp_path):
     peer = tmp_path / "slow.py"
     peer.write_text("import time; time.sleep(1000)")
-    job = {"peer": "purejaxrl-dqn", "file": str(peer), "work": {}}
     with pytest.raises(SystemExit, match="slow: no answer within 1 s"):
-        against_peers.Worker("slow", sys.executable, job, dict(os.environ), limit=1)
+        protocol.Worker("slow", fake_job(peer, **vars(peers.Work(**peers.DEFAULTS["dqn"]))), limit=1)
 
 
 def test_learning_writes_a_curve_for_each_seed(tmp_path, monkeypatch):

@@ -1,0 +1,122 @@
+"""jrl's side: one run, or members vmapped, or members sharded over CPU devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peers import EPSILON_END, EVAL_SEED, EXPLORATION, GAMMA, LAST, eval_episodes
+from peers.protocol import Training, compile_program
+
+
+def training(algorithm: str, work: Any, source: Path | None) -> Training:
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, PartitionSpec
+
+    import jrl
+
+    devices = jax.devices()[: work.devices]
+    if len(devices) < work.devices:
+        raise ValueError(f"devices={work.devices}: this process has {len(devices)}.")
+    env, algo, hparams, num_steps = build(algorithm, work)
+    # Arrays, not Python numbers: jit must not fold them into the program as constants.
+    hparams = jax.tree.map(np.float32, hparams)
+
+    def train(key: Any, hparams: Any) -> Any:
+        return jrl.train(algo, algo.init(key, hparams), hparams, num_steps=num_steps)
+
+    def prepare(seed: int) -> Any:
+        key = jax.random.key(seed)
+        return key if work.seeds == 1 else jax.random.split(key, work.seeds)
+
+    whole = train if work.seeds == 1 else jax.vmap(train, in_axes=(0, None))
+    if work.devices > 1:
+        # Members share nothing, so that no device waits for another.
+        mesh, members = Mesh(np.array(devices), "members"), PartitionSpec("members")
+        whole = jax.shard_map(
+            whole, mesh=mesh, in_specs=(members, PartitionSpec()), out_specs=members, check_vma=False
+        )
+    compiled, facts = compile_program(jax.jit(whole), prepare(0), hparams)
+
+    def returns(result: Any, seed: int) -> dict[str, float | None]:
+        state, metrics = jax.device_get(result)
+        late = jax.tree.map(lambda leaf: leaf[..., -max(1, int(num_steps * LAST)) :], metrics)
+        ended = late["num_episodes"].sum()
+        rows = []
+        for member in range(work.seeds):
+            one = state if work.seeds == 1 else jax.tree.map(lambda leaf, at=member: leaf[at], state)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(EVAL_SEED + seed), member))
+            policies = algo.policy(one), algo.policy(one, greedy=False)
+            for key, policy in zip(keys, policies, strict=True):
+                stats = jrl.evaluate(key, env, policy, num_episodes=eval_episodes(work.seeds))
+                rows.append(np.mean(stats.episode_return))
+        return {
+            "episode_return": float(np.mean(rows[::2])),
+            "sampled_return": float(np.mean(rows[1::2])),
+            "training_return": float((late["episode_return"] * late["num_episodes"]).sum() / ended)
+            if ended
+            else None,
+        }
+
+    def run(keys: Any) -> Any:
+        return jax.block_until_ready(compiled(keys, hparams))
+
+    return Training(prepare, run, returns, facts)
+
+
+def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
+    """Return ``(env, algo, hparams, num_steps)`` for ``work``: the settings of the peers, nothing tuned."""
+    import optax
+
+    import jrl
+    from jrl import envs
+
+    env = jrl.make(work.env)
+    if len(env.observation.shape) > 1:
+        env = envs.flatten_observation(env)  # the peers' networks are fully connected
+    shared = {"hidden_sizes": tuple(work.hidden_sizes), "activation": work.activation}
+    if algorithm == "ppo":
+        config = jrl.ppo.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            num_epochs=work.num_epochs,
+            num_minibatches=work.num_minibatches,
+            **shared,
+        )
+        hparams = jrl.ppo.HParams(
+            learning_rate=work.learning_rate, anneal_env_steps=work.env_steps, gamma=GAMMA
+        )
+        algo, warmup = jrl.ppo.make(env, config), 0
+    else:
+        config = jrl.dqn.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            batch_size=work.batch_size,
+            capacity=work.capacity,
+            warmup_env_steps=work.warmup_env_steps,
+            double=False,
+            layer_norm=False,
+            **shared,
+        )
+        hparams = jrl.dqn.HParams(
+            learning_rate=work.learning_rate,
+            anneal_env_steps=0.0,
+            epsilon_end=EPSILON_END,
+            epsilon_env_steps=work.env_steps * EXPLORATION,
+            target_period=work.target_period,
+            gamma=GAMMA,
+        )
+
+        # Plain Adam: the DQNs this is compared with clip no gradients.
+        def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
+            return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
+
+        algo = jrl.dqn.make(env, config, optimizer=adam)
+        warmup = -(-work.warmup_env_steps // algo.env_steps_per_step) * algo.env_steps_per_step
+    if (work.env_steps - warmup) % algo.env_steps_per_step or work.env_steps <= warmup:
+        raise ValueError(
+            f"env_steps={work.env_steps}: must exceed the warm-up of {warmup} by a multiple of "
+            f"{algo.env_steps_per_step}, so that all that are compared take the same number of steps."
+        )
+    return env, algo, hparams, (work.env_steps - warmup) // algo.env_steps_per_step
