@@ -170,8 +170,9 @@ def make(
     config = checks.config(config, Config)
     checks.environment(env)
     distribution = networks.distribution(env.action)
-    # The environment gets the clipped action, the loss the one that was drawn.
-    envs = vectorize(clip_action(env) if isinstance(env.action, Box) else env, config.num_envs)
+    envs = vectorize(env, config.num_envs)
+    if isinstance(env.action, Box):
+        envs = clip_action(envs)  # the loss keeps the action that was drawn
     network = (
         networks.actor_critic(env, config, shared_torso=config.shared_torso, features_first=True)
         if network is None
