@@ -27,6 +27,8 @@ import jax
 import numpy as np
 
 import jrl
+from jrl import statistics
+from jrl.statistics import fractional_interquartile_mean as interquartile_mean
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -94,19 +96,10 @@ ROWS = {
 }
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    """Return the mean of the middle half, sorted, with fractional weights at its two ends."""
-    ordered = np.sort(values)
-    n = len(ordered)
-    edges = np.clip((np.arange(n + 1) - n / 4) / (n / 2), 0, 1)
-    return float(np.diff(edges) @ ordered)
-
-
 def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the interquartile mean."""
-    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    means = [interquartile_mean(draw) for draw in draws]
-    return tuple(np.percentile(means, [2.5, 97.5]).round(2).tolist())
+    interval = statistics.bootstrap_interval(interquartile_mean, values, resamples=resamples)
+    return round(float(interval.low), 2), round(float(interval.high), 2)
 
 
 def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ RINGS = {
     "jrl.optim": 1,
     "jrl.algos": 2,
     "jrl.training": 2,
+    "jrl.statistics": 2,
     "jrl.sweep": 2,
     "jrl.testing": 3,
     "jrl.bench": 3,
@@ -44,6 +45,9 @@ RINGS = {
     "jrl.progress": 3,
     "jrl.records": 3,
     "jrl.saving": 3,
+    "jrl.sweep_plots": 3,
+    "jrl.sweep_report": 3,
+    "jrl.tables": 3,
     "jrl.xla": 3,  # changes the environment of the process
     "jrl.__main__": 3,
 }
