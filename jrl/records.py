@@ -51,15 +51,27 @@ class NonFiniteError(RunError, FloatingPointError):
 # -------------------------------------------------------------------------------------------------- JSON
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, whose file then takes the place of ``path``.
+
+    ``path`` is at all times the old file or the new one, complete; the old one if writing raises.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        with unfinished.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN) so that the file is at all times the old one or the new one, complete."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as stream:
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=2, allow_nan=False)
         stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
 
 
 def plain(value: Any) -> Any:
@@ -142,9 +154,10 @@ def drop_metrics_after(folder: Path, env_steps: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(folder) if row.get("env_steps", 0) <= env_steps]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(
+            "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ folder
