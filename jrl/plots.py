@@ -20,7 +20,7 @@ from jrl.records import RunError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _WITH_BANDS = 3  # curves up to which each has its own min-max band
-_SINGLE = 7  # curves up to which each run is drawn for itself, and the legend fits inside
+SINGLE = 7  # curves up to which each run is drawn for itself, and the legend fits inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,12 @@ def learning_curve(
             f"nothing to plot: no episode has ended yet in {', '.join(str(folder) for folder in folders)}. "
             "A curve needs at least one; resume the run or train for longer."
         )
-    grouped = len(drawn) > _SINGLE and len({curve.group for curve in drawn}) < len(drawn)
+    grouped = len(drawn) > SINGLE and len({curve.group for curve in drawn}) < len(drawn)
     if grouped:
         drawn = _group(drawn)
 
-    many = len(drawn) > _SINGLE
-    figure = Figure(figsize=(10.0 if many else 7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    many = len(drawn) > SINGLE
+    figure = new_figure(10.0 if many else 7.5, 4.5)
     axes = figure.add_subplot()
     for index, curve in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
@@ -91,19 +90,41 @@ def learning_curve(
                 curve.env_steps[-1], curve.evaluation, "D", color=colour, markeredgecolor="white", ms=8,
                 clip_on=False, zorder=3,
             )  # fmt: skip
-    axes.set_xlabel("environment steps")
     axes.set_ylabel("episode return")
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-    axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    over_env_steps(axes)
+    plain(axes)
     names = dict.fromkeys(curve.env for curve in drawn)
     axes.set_title(title if title is not None else ", ".join(names), loc="left", fontsize=11)
     _legend(axes, drawn, outside=many)
+    save(figure, out)
+    return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches, without a window."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def over_env_steps(axes: Any) -> None:
+    """Make the horizontal axis one of environment steps, from 0."""
+    axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.set_xlim(left=0)
+
+
+def plain(axes: Any) -> None:
+    """Leave out what a figure does not need: two sides of the frame, and a grid that is darker than its curves."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def save(figure: Figure, out: str | os.PathLike | None) -> None:
+    """Write the figure, if ``out`` says where; its suffix says the format."""
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
-    return figure
 
 
 def read(folder: str | os.PathLike) -> Curve:
@@ -163,7 +184,7 @@ def _legend(axes: Any, curves: list[Curve], *, outside: bool) -> None:
         axes.legend(handles, labels, loc="best", fontsize=9, framealpha=0.85, edgecolor="none")
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Write 500000 as 500 k, 2500000 as 2.5 M."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:

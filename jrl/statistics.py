@@ -242,13 +242,27 @@ def aggregates(
 # ------------------------------------------------------------------------------------------------ curves
 
 
+def interquartile_curve(curves: np.ndarray) -> np.ndarray:
+    """:func:`interquartile_mean` over runs at each point of their learning curves.
+
+    At each point the runs with a value count, so that one without an episode there does not undo the others.
+
+    Args:
+        curves: ``[runs, T]``, NaN where no episode ended.
+
+    Returns:
+        ``[T]``, NaN where no run has a value.
+
+    Raises:
+        ValueError: ``curves`` is not ``[runs, T]`` with at least one run.
+    """
+    return _trimmed_mean(_curves("interquartile_curve", curves).T)
+
+
 def curve_interval(
     curves: np.ndarray, *, confidence: float = CONFIDENCE, resamples: int = 500, seed: int = 0
 ) -> Interval:
-    """Interquartile mean over runs at each point of their learning curves, with its bootstrap interval.
-
-    Runs are resampled whole, so that the interval at one point knows what belongs together. At each point the
-    runs with a value count, NaN where none has one.
+    """:func:`interquartile_curve` with its bootstrap interval at each point; runs are resampled whole.
 
     Args:
         curves: ``[runs, T]``, NaN where no episode ended.
@@ -267,7 +281,7 @@ def curve_interval(
     result = Interval(*np.full((3, curves.shape[1]), np.nan))
     if known.any():
         of_runs = bootstrap_interval(
-            lambda runs: _trimmed_mean(curves[:, known][runs].T),
+            lambda runs: interquartile_curve(curves[:, known][runs]),
             np.arange(len(curves)),
             confidence=confidence,
             resamples=resamples,
