@@ -26,6 +26,7 @@ usage: jrl COMMAND ...
   resume RUN                 continue an interrupted run to its end; --env-steps extends it
   eval RUN                   play episodes with a run's policy
   plot RUN [RUN ...]         draw learning curves into one PNG
+  compare A B [...]          statistics of sweeps or runs side by side, with intervals and figures
   envs                       list environments
   algos                      list algorithms
   bench WHAT                 how fast the parts and the whole are here; `jrl bench --help` lists what
@@ -261,6 +262,72 @@ def plot(args: Sequence[str]) -> int:
     return _run("plot", command, args)
 
 
+def compare(args: Sequence[str]) -> int:
+    """``jrl compare A B [...]``."""
+
+    def command(
+        paths: tuple[Path, ...], out: Path | None = None, best: bool = False, target: float | None = None
+    ) -> int:
+        """Print statistics of final returns side by side, and draw them.
+
+        Args:
+            paths: folders of sweeps (with table.csv) or of finished runs; the first is the one compared with.
+            out: folder for the figures; none are drawn if it is not given.
+            best: of each sweep only the setting whose interquartile mean is best. It was chosen by the same
+                seeds, so that its mean is somewhat too good.
+            target: return that the optimality gap is measured from; the best of any member by default.
+        """
+        if len(paths) < 2:
+            raise ValueError("jrl compare needs at least two folders: jrl compare sweeps/ppo sweeps/dqn")
+        from rich.console import Console
+
+        from jrl import sweep_report, tables
+
+        read = [tables.read(path) for path in paths]
+        names = [path.resolve().name for path in paths]
+        labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+        _warn_of_other_measures(read, paths)
+        if best:
+            chosen = [tables.best(table) for table in read]
+            read = [table for _, table in chosen]
+            labels = [
+                f"{label}, {tables.setting(values)}" if values else label
+                for label, (values, _) in zip(labels, chosen, strict=True)
+            ]
+        console = Console(width=None if sys.stdout.isatty() else sweep_report.WIDTH)
+        console.print(sweep_report.compare(read, labels, target=target), highlight=False)
+        if out is not None:
+            from jrl import sweep_plots
+
+            for file in sweep_plots.compared_figures(read, labels, out, target=target):
+                print(file)
+        return 0
+
+    return _run("compare", command, args)
+
+
+def _warn_of_other_measures(read: Sequence[Any], paths: Sequence[Path]) -> None:
+    """Say where returns are not of the same kind, so that their difference means something else."""
+    without = [str(path) for table, path in zip(read, paths, strict=True) if not table.evaluated]
+    if 0 < len(without) < len(read):
+        warnings.warn(
+            f"{', '.join(without)} has no final evaluation: its training return is compared with the evaluation "
+            "of the others.",
+            RunWarning,
+            stacklevel=2,
+        )
+    from jrl import records
+
+    runs = [path for path in paths if (path / records.RUN).exists()]
+    names = dict.fromkeys(records.read_run(path)["environment"]["name"] for path in runs)
+    if len(names) > 1:
+        warnings.warn(
+            f"the runs are of different environments ({', '.join(names)}): their returns have no common unit.",
+            RunWarning,
+            stacklevel=2,
+        )
+
+
 def envs(args: Sequence[str]) -> int:
     """``jrl envs``."""
 
@@ -322,6 +389,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": resume,
     "eval": evaluate,
     "plot": plot,
+    "compare": compare,
     "envs": envs,
     "algos": algos,
     "bench": bench,

@@ -202,7 +202,8 @@ def bootstrap_interval(
 
 
 def _resample(generator: np.random.Generator, array: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(array, generator.integers(0, len(array), array.shape), axis=0)
+    rows = generator.integers(0, len(array), array.shape)
+    return array[rows] if array.ndim == 1 else np.take_along_axis(array, rows, axis=0)
 
 
 def aggregates(

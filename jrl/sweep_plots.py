@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import itertools
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import colors, patheffects, ticker
+from matplotlib import colors, patheffects, ticker, transforms
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from jrl import statistics
 from jrl.plots import COLOURS, SINGLE, STYLES, new_figure, over_env_steps, plain, save
-from jrl.tables import Table, distinct
+from jrl.tables import Table, distinct, number, setting
 
-FROZEN = "#D55E00"
+FROZEN = "0.1"
+_RESAMPLES = 500  # finer than a line is wide
 # Perceptually uniform, without its palest end, which white paper swallows.
 SCALE = colors.ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)), "scale")
 _BEST = 3  # of many groups, how many stand out
@@ -55,16 +57,12 @@ def learning_curves(
     """
     names = table.swept if by is None else (by,) if isinstance(by, str) else tuple(by)
     groups = table.groups(names)
-    if not np.isfinite(table.curves).any():
-        raise ValueError(
-            f"nothing to plot: in none of the {len(table)} members an episode has ended. A curve needs at least "
-            "one; train for longer."
-        )
+    _check_curves(table)
     parts = [part for _, part in groups]
-    labels = [setting(values) for values, _ in groups]
+    labels = [_wrapped(setting(values)) if values else _members(table) for values, _ in groups]
     many = len(groups) > SINGLE
-    outside = not many and (len(groups) > 4 or max(map(len, labels)) > _LONGEST_LABEL)
-    figure = new_figure(8.5 if many or outside else 7.5, 4.5)
+    outside = 4 < len(groups) <= SINGLE or any("\n" in label for label in labels)
+    figure = new_figure(9.0 if many or outside else 7.5, 4.5)
     axes = figure.add_subplot()
     if many:
         _many_curves(figure, axes, groups, labels)
@@ -113,30 +111,39 @@ def sensitivity(
     values = np.array(distinct(x))
     _spaced(axes, values)
     known = np.isfinite(returns)
-    axes.plot(
-        x[known], returns[known], "o", color=COLOURS[0], ms=4, alpha=0.3, mew=0, label="one member", zorder=1
-    )
     bins = _bins(x)
+    neighbours = len(bins) < len(values)
+    alone = len(x) == len(values) and not neighbours
+    dense = len(bins) > 2 * _MOST_TICKS
+    # Beside the bar of their value, not behind it.
+    aside = 0 if alone or neighbours or dense else 7 / 72
+    beside = axes.transData + transforms.ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+    axes.plot(
+        x[known], returns[known], "o", color=COLOURS[0], ms=4, alpha=0.4, mew=0, label="single members",
+        zorder=1, transform=beside,
+    )  # fmt: skip
+    axes.update_datalim(np.stack([x[known], returns[known]], -1))  # a shifted line is not counted by itself
     drawn = []
     for members in bins:
         scores = returns[members & known]
         if scores.size:
-            interval = statistics.bootstrap_interval(statistics.interquartile_mean, scores)
+            interval = statistics.bootstrap_interval(
+                statistics.interquartile_mean, scores, resamples=_RESAMPLES
+            )
             drawn.append((_centre(axes, x[members & known]), *interval))
     at, estimate, low, high = np.array(drawn).T
-    error = np.stack([np.maximum(estimate - low, 0), np.maximum(high - estimate, 0)])
-    neighbours = len(bins) < len(values)
     others = tuple(other for other in table.swept if other != name)
-    if neighbours:
-        what = f"IQM of {len(x) // len(bins)} or more neighbours"
+    if alone:
+        axes.plot(at, estimate, "-", color=COLOURS[0], lw=1.4, zorder=2)
+    elif dense:
+        axes.plot(at, estimate, "-", color=COLOURS[0], lw=1.6, label=_over_what(x, bins, others), zorder=3)
+        axes.fill_between(at, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
     else:
-        what = "IQM over seeds" + (" and the other values" if others else "")
-    if len(x) == len(values) and not neighbours:
-        axes.plot(at, estimate, "-", color=COLOURS[0], lw=1.4, label="one seed a value", zorder=2)
-    else:
+        error = np.stack([np.maximum(estimate - low, 0), np.maximum(high - estimate, 0)])
         axes.errorbar(
-            at, estimate, error, color=COLOURS[0], lw=1.6, marker="o", ms=6, capsize=3, label=what, zorder=3
-        )
+            at, estimate, error, color=COLOURS[0], lw=1.6, marker="o", ms=6, capsize=3,
+            label=_over_what(x, bins, others), zorder=3,
+        )  # fmt: skip
     if others and not neighbours:
         best = [_best_of_others(part, others) for _, part in table.groups([name])]
         axes.plot(values, best, "--", color=COLOURS[4], lw=1.6, marker="s", ms=5, label="best other values")
@@ -145,7 +152,7 @@ def sensitivity(
     axes.set_ylabel(_final_label(table))
     plain(axes)
     axes.set_title(title if title is not None else _members(table), loc="left", fontsize=10)
-    axes.legend(loc="best", fontsize=9, framealpha=0.85, edgecolor="none")
+    _place_legend(axes, *axes.get_legend_handles_labels(), outside=False)
     save(figure, out)
     return figure
 
@@ -178,8 +185,10 @@ def heat_map(
         cells[cell] = _iqm(part)
         notes[cell] = f"{part.num_frozen} frozen" if part.num_frozen else ""
     annotated = max(cells.shape) <= _MOST_CELLS
-    width, height = min(2.6 + 0.66 * len(columns), 19.0), min(1.6 + 0.46 * len(rows), 13.0)
-    figure = new_figure(max(width, 4.6), max(height, 2.8))
+    # Wide enough for the numbers, or as small as cells without numbers may be.
+    cell_width, cell_height = (0.66, 0.46) if annotated else (0.2, 0.14)
+    width, height = 2.6 + cell_width * len(columns), 1.6 + cell_height * len(rows)
+    figure = new_figure(min(max(width, 4.6), 19.0), min(max(height, 3.2), 13.0))
     axes = figure.add_subplot()
     axes.set_facecolor("0.92")
     image = axes.imshow(cells, cmap="viridis", origin="lower", aspect="auto", interpolation="none")
@@ -187,26 +196,27 @@ def heat_map(
     bar.outline.set_visible(False)
     if annotated:
         for (row, column), value in np.ndenumerate(cells):
-            background = image.cmap(image.norm(value)) if np.isfinite(value) else (0.92, 0.92, 0.92, 1.0)
-            text = number(value) if np.isfinite(value) else "" if notes[row, column] else "–"
-            text = "\n".join(line for line in (text, notes[row, column]) if line)
+            note = str(notes[row, column])
+            background = image.cmap(image.norm(value)) if np.isfinite(value) else (0.92, 0.92, 0.92)
+            text = number(value) if np.isfinite(value) else "" if note else "–"
+            text = "\n".join(line for line in (text, note) if line)
             axes.text(
                 column, row, text, ha="center", va="center", linespacing=1.1, color=_ink(background),
                 fontsize=7 if "\n" in text else 9,
             )  # fmt: skip
     for axis, ticks in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        step = -(-len(ticks) // _MOST_CELLS)
+        step = 1 if annotated else -(-len(ticks) // _MOST_TICKS)
         axis.set_ticks(range(0, len(ticks), step), [number(value) for value in ticks[::step]])
-    crowded = max(len(number(value)) for value in columns) > 6 and len(columns) > 4
-    axes.tick_params(axis="x", rotation=45 if crowded or not annotated else 0)
+    crowded = not annotated or (max(len(number(value)) for value in columns) > 6 and len(columns) > 4)
+    axes.tick_params(axis="x", rotation=45 if crowded else 0)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_title(
-        title if title is not None else _over([part for _, part in table.groups([x, y])], bands=False),
-        loc="left", fontsize=10,
-    )  # fmt: skip
+    if title is None:
+        title = _over([part for _, part in table.groups([x, y])], bands=False)
+        title += "; grey: no return" if np.isnan(cells).any() else ""
+    axes.set_title(title, loc="left", fontsize=10)
     save(figure, out)
     return figure
 
@@ -241,7 +251,7 @@ def performance_profile(
     for index, (table, scores, label) in enumerate(zip(tables, returns, labels, strict=True)):
         scores = np.where(np.isfinite(scores), scores, low - 2 * margin)
         profile = statistics.bootstrap_interval(
-            lambda drawn: statistics.performance_profile(drawn, thresholds), scores, resamples=500
+            lambda drawn: statistics.performance_profile(drawn, thresholds), scores, resamples=_RESAMPLES
         )
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
         axes.step(
@@ -261,7 +271,7 @@ def performance_profile(
     axes.set_title(
         title if title is not None else "performance profile, band: 95 % interval", loc="left", fontsize=10
     )
-    _place_legend(axes, *axes.get_legend_handles_labels(), outside=len(tables) > SINGLE)
+    _legend_below(figure, len(tables))
     save(figure, out)
     return figure
 
@@ -308,7 +318,8 @@ def interval_estimates(
     for axes, text in zip(rows, panels.values(), strict=True):
         axes.set_title(text, fontsize=10, va="bottom")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(3, min_n_ticks=2))
-        axes.margins(x=0.12)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.1)
         plain(axes)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -319,6 +330,44 @@ def interval_estimates(
     figure.supxlabel(_final_label(tables[0]), fontsize=10)
     if title is not None:
         figure.suptitle(title, fontsize=11)
+    save(figure, out)
+    return figure
+
+
+def compared_curves(
+    tables: Table | Sequence[Table],
+    labels: Sequence[str] | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Plot training return over environment steps, one line a table: the interquartile mean over its members.
+
+    Args:
+        tables: of sweeps, or one.
+        labels: of the lines, one a table.
+        out: where to save it; not saved if None.
+        title: above the axes.
+
+    Raises:
+        ValueError: the numbers of tables and labels differ, or no episode has ended in any member of a table.
+    """
+    tables, labels = _labelled("compared_curves", tables, labels)
+    for table, label in zip(tables, labels, strict=True):
+        _check_curves(table, f" of {label}")
+    figure = new_figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for index, (table, label) in enumerate(zip(tables, labels, strict=True)):
+        _curve(
+            axes, table, color=COLOURS[index % len(COLOURS)], ls=STYLES[index // len(COLOURS) % len(STYLES)],
+            lw=1.6, label=_counted(label, table), band=0.15 if len(tables) <= SINGLE else 0.0,
+        )  # fmt: skip
+        _mark_frozen(axes, table)
+    axes.set_ylabel("episode return in training")
+    over_env_steps(axes)
+    plain(axes)
+    axes.set_title(title if title is not None else _over(tables), loc="left", fontsize=10)
+    _legend_below(figure, len(tables))
     save(figure, out)
     return figure
 
@@ -352,19 +401,25 @@ def figures(table: Table, folder: str | os.PathLike) -> list[Path]:
     return files
 
 
-def setting(values: dict[str, float]) -> str:
-    """Write the values of a group: ``learning_rate=0.0003, gamma=0.99``; "all members" where nothing was swept."""
-    return ", ".join(f"{name}={number(value)}" for name, value in values.items()) or "all members"
+def compared_figures(
+    tables: Sequence[Table], labels: Sequence[str], folder: str | os.PathLike, *, target: float | None = None
+) -> list[Path]:
+    """Draw several tables on the same axes into a folder and return the files: curves, profiles, intervals.
+
+    Raises:
+        ValueError: as :func:`performance_profile`.
+    """
+    folder = Path(folder)
+    files = [folder / "performance_profile.png", folder / "interval_estimates.png"]
+    performance_profile(tables, labels, out=files[0])
+    interval_estimates(tables, labels, target=target, out=files[1])
+    if all(np.isfinite(table.curves).any() for table in tables):
+        files.append(folder / "learning_curves.png")
+        compared_curves(tables, labels, out=files[-1])
+    return files
 
 
-def number(value: float) -> str:
-    """Write a number in at most three digits after those that matter: 482, 12.3, 0.0003, 3e-07."""
-    if isinstance(value, int) or 1000 <= abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.3g}"
-
-
-def log_spaced(values: Sequence[float]) -> bool:
+def log_spaced(values: Any) -> bool:
     """Tell whether values are spaced more evenly on a logarithmic axis than on a linear one; 0 may be among them."""
     ordered = np.unique(np.asarray(values, float))
     positive = ordered[ordered > 0]
@@ -421,7 +476,7 @@ def _many_curves(figure: Figure, axes: Any, groups: list[tuple[dict, Table]], la
 
 def _curve(axes: Any, part: Table, *, band: float = 0.0, **style: Any) -> None:
     if band and len(part) > 1:
-        interval = statistics.curve_interval(part.curves)
+        interval = statistics.curve_interval(part.curves, resamples=_RESAMPLES)
         known = np.isfinite(interval.estimate)
         axes.fill_between(
             part.curve_env_steps[known], interval.low[known], interval.high[known],
@@ -435,8 +490,9 @@ def _curve(axes: Any, part: Table, *, band: float = 0.0, **style: Any) -> None:
 
 def _mark_frozen(axes: Any, part: Table, size: float = 8) -> None:
     """Mark where members were frozen, on the line of their group, or on the axis where it has no point yet."""
-    at = [row["frozen_at"] for row in map(part.row, range(len(part))) if row["status"] == "frozen"]
-    at = np.unique([env_steps for env_steps in at if env_steps is not None])
+    at = np.unique([env_steps for env_steps in part.columns["frozen_at"] if env_steps is not None])
+    if not at.size:
+        return
     estimate = statistics.interquartile_curve(part.curves)
     known = np.isfinite(estimate)
     style = {"marker": "X", "ls": "", "color": FROZEN, "mec": "white", "ms": size, "zorder": 4}
@@ -459,14 +515,27 @@ def _legend(axes: Any, table: Table, *, outside: bool, evaluated: bool) -> None:
     _place_legend(axes, handles, labels, outside=outside)
 
 
-def _place_legend(axes: Any, handles: list, labels: list[str], *, outside: bool) -> None:
+def _place_legend(axes: Any, handles: Any, labels: list[str], *, outside: bool) -> None:
+    order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("IQM"))  # the main line first
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
     if outside:
         axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     else:
         axes.legend(handles, labels, loc="best", fontsize=8, framealpha=0.85, edgecolor="none")
 
 
+def _legend_below(figure: Figure, lines: int) -> None:
+    """Bands may fill the axes: there is no room for a legend within."""
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=1 if lines <= SINGLE else 2)
+
+
 # -------------------------------------------------------------------------------------------------- parts
+
+
+def _over_what(x: np.ndarray, bins: list[np.ndarray], others: Sequence[str]) -> str:
+    if len(bins) < len(np.unique(x)):
+        return f"IQM of {len(x) // len(bins)} or more neighbours"
+    return "IQM over seeds" + (" and the other values" if others else "")
 
 
 def _iqm(part: Table) -> float:
@@ -510,23 +579,26 @@ def _spaced(axes: Any, values: np.ndarray) -> None:
 
 
 def _mark_missing(axes: Any, x: np.ndarray) -> None:
-    """Mark members without a final return at the lower edge, with how many they are."""
+    """Mark members without a final return at the lower edge, with how many they are where there is room."""
     values, counts = np.unique(x, return_counts=True)
     if not len(values):
         return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.12 * (high - low), high)
     axes.plot(
-        values, np.full(len(values), 0.02), "X", transform=axes.get_xaxis_transform(), color=FROZEN, mec="white",
-        ms=9, clip_on=False, label="frozen or without a return", zorder=4,
+        values, np.full(len(values), 0.03), "X", transform=axes.get_xaxis_transform(), color=FROZEN, mec="white",
+        ms=9, clip_on=False, label=f"without a return ({len(x)})", zorder=4,
     )  # fmt: skip
-    for value, count in zip(values, counts, strict=True):
-        if count > 1:
+    positions = axes.transAxes.inverted().transform(axes.transData.transform([(v, 0) for v in values]))[:, 0]
+    if len(values) == 1 or np.diff(positions).min() > 0.03:
+        for value, count in zip(values, counts, strict=True):
             axes.annotate(
-                f"{count}", (value, 0.02), xycoords=axes.get_xaxis_transform(), xytext=(0, 6),
+                f"{count}", (value, 0.03), xycoords=axes.get_xaxis_transform(), xytext=(0, 6),
                 textcoords="offset points", ha="center", fontsize=8, color=FROZEN,
             )  # fmt: skip
 
 
-def _ink(background: Sequence[float]) -> str:
+def _ink(background: Any) -> str:
     """Black or white, whichever stands out more from a colour (WCAG relative luminance)."""
     channels = np.array(background[:3])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
@@ -547,8 +619,13 @@ def _over(parts: Sequence[Table], bands: bool = True) -> str:
     return f"interquartile mean over {count} members" + (", band: 95 % interval" if bands else "")
 
 
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, _LONGEST_LABEL, break_long_words=False, break_on_hyphens=False)
+
+
 def _members(table: Table) -> str:
-    return f"{len(table)} members" + (f", {table.num_frozen} frozen" if table.num_frozen else "")
+    count = f"{len(table)} members" if len(table) > 1 else "one member"
+    return count + (f", {table.num_frozen} frozen" if table.num_frozen else "")
 
 
 def _counted(label: str, table: Table) -> str:
@@ -573,6 +650,14 @@ def _labelled(
 def _check_swept(function: str, table: Table, name: str) -> None:
     if name not in table.swept:
         raise ValueError(f"{function}: {name!r} was not swept. Swept: {', '.join(table.swept) or 'nothing'}.")
+
+
+def _check_curves(table: Table, of: str = "") -> None:
+    if not np.isfinite(table.curves).any():
+        raise ValueError(
+            f"nothing to plot: in none of the {len(table)} members{of} an episode has ended. A curve needs at "
+            "least one; train for longer."
+        )
 
 
 def _returns(function: str, table: Table) -> np.ndarray:

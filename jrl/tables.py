@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jrl import records
+from jrl import records, statistics
 from jrl.records import RunError
 
 TABLE = "table.csv"  # in the folder of a sweep
@@ -290,6 +290,23 @@ def read(folder: str | os.PathLike) -> Table:
     return Table({name: [values[name]] for name in (*FIRST, *RESULTS)}, steps, curve[None])
 
 
+def best(table: Table) -> tuple[dict[str, float], Table]:
+    """Return the swept values and the rows of the setting with the best interquartile mean of final returns.
+
+    Raises:
+        ValueError: no member has a final return.
+    """
+    scored = []
+    for values, part in table.groups():
+        known = part.final_returns[np.isfinite(part.final_returns)]
+        if known.size:
+            scored.append((statistics.interquartile_mean(known), values, part))
+    if not scored:
+        raise ValueError(f"none of the {len(table)} members has a final return: there is no best setting.")
+    _, values, part = max(scored, key=lambda item: item[0])
+    return values, part
+
+
 def late_return(curve_env_steps: np.ndarray, curves: np.ndarray, env_steps: int) -> np.ndarray:
     """Return each member's mean training return over the last 10 % of ``env_steps``: ``[M]``.
 
@@ -310,6 +327,18 @@ def late_return(curve_env_steps: np.ndarray, curves: np.ndarray, env_steps: int)
 def distinct(values: Iterable[Any]) -> list[Any]:
     """Return the values without repetition, sorted."""
     return sorted(set(values))
+
+
+def setting(values: dict[str, float]) -> str:
+    """Write the values of a group: ``learning_rate=0.0003, gamma=0.99``; "all members" where nothing was swept."""
+    return ", ".join(f"{name}={number(value)}" for name, value in values.items()) or "all members"
+
+
+def number(value: float) -> str:
+    """Write a number in three digits, more if it is large: 12345, 482, 12.3, 0.0003, 3e-07, 3.59 M."""
+    if 1e6 <= abs(value) < 1e9:
+        return f"{value / 1e6:.3g} M"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 _RULE = "A table is what a sweep writes: restore the file, or run the sweep again."
