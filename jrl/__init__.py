@@ -31,6 +31,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
     # ring 3
+    "sweep": ("jrl.sweep", None),
     "run": ("jrl.driver", "run"),
     "resume": ("jrl.driver", "resume"),
     "checkpoint": ("jrl.checkpoint", None),
@@ -69,7 +70,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, testing, types
+    from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, sweep, testing, types
     from jrl.algos import dqn, ppo
     from jrl.driver import resume, run
     from jrl.envs import make

@@ -189,6 +189,11 @@ def verify(folder: str | os.PathLike, step: int) -> None:
     _verified(folder, step)
 
 
+def remove(folder: str | os.PathLike, step: int) -> None:
+    """Delete the checkpoint of ``step``."""
+    _discard(_path(Path(folder), step))
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Delete what a process that was killed in the middle of a save, or of a clean-up, left behind."""
     for entry in Path(folder).glob(".*"):

@@ -16,7 +16,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jrl import _ALGORITHMS, __version__, xla
+from jrl import _ALGORITHMS, __version__, records, xla
 from jrl.records import RunWarning
 
 HELP = """\
@@ -24,6 +24,8 @@ usage: jrl COMMAND ...
 
   train ALGORITHM --env ID   train, evaluate and plot; `jrl train ppo --help` lists every setting
   resume RUN                 continue an interrupted run to its end; --env-steps extends it
+  sweep ALGORITHM --env ID   seeds and hyperparameters side by side; `jrl sweep ppo --help` lists every setting
+  plan ALGORITHM --env ID    what a sweep would take in memory and time, without running it
   eval RUN                   play episodes with a run's policy
   plot RUN [RUN ...]         draw learning curves into one PNG
   compare A B [...]          statistics of sweeps or runs side by side, with intervals and figures
@@ -55,12 +57,12 @@ usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of input become one line on standard error."""
-    xla.configure(os.environ)
+    args = list(sys.argv[1:] if argv is None else argv)
+    xla.configure(os.environ, num_devices=_cpu_devices(args))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # γ and ± must not end a run on an ASCII terminal
     enable_compilation_cache(os.environ)
-    args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or os.environ.get("JRL_DEBUG", "0") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     if not args or args[0] in ("-h", "--help", "help"):
@@ -102,6 +104,19 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
+def _cpu_devices(args: Sequence[str]) -> int | None:
+    """Return how many devices a CPU is to present: for a sweep one a core, unless ``--devices`` says otherwise."""
+    if not args or args[0] not in ("sweep", "plan", "resume") or "--help" in args:
+        return None
+    if args[0] == "resume" and not any((Path(arg) / records.SWEEP).exists() for arg in args[1:]):
+        return None
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, _, joined = flag.partition("=")
+        if name == "--devices" and (text := joined or value).isdecimal() and int(text) > 0:
+            return int(text)
+    return xla.cores()
+
+
 def _complain(text: str, code: int = 2) -> int:
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
@@ -130,7 +145,7 @@ def train(args: Sequence[str]) -> int:
 
     algorithm = args[0]
     module = configuration.load(algorithm)
-    options, config, numbers = flags.parse_train(algorithm, module, args[1:])
+    options, config, numbers = flags.parse(f"jrl train {algorithm}", flags.Options, module, args[1:])
     env_kwargs = {
         name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
     }
@@ -170,6 +185,29 @@ def train(args: Sequence[str]) -> int:
     return 130 if result.interrupted else 0
 
 
+def sweep(args: Sequence[str]) -> int:
+    """``jrl sweep ALGORITHM --env ID ...``."""
+    return _of_algorithm("sweep", args, lambda command, rest: command.sweep(rest[0], rest[1:], _free_folder))
+
+
+def plan(args: Sequence[str]) -> int:
+    """``jrl plan ALGORITHM --env ID ...``."""
+    return _of_algorithm("plan", args, lambda command, rest: command.plan(rest[0], rest[1:]))
+
+
+def _of_algorithm(name: str, args: Sequence[str], call: Callable[[Any, Sequence[str]], int]) -> int:
+    if not args or args[0].startswith("-"):
+        print(
+            f"usage: jrl {name} ALGORITHM --env ID [--seeds N] [--grid NAME=NUMBER,...] [--random N --space "
+            f"NAME=KIND:LOW:HIGH] [...]\n\nALGORITHM is {' or '.join(_ALGORITHMS)}. `jrl {name} ppo --help` lists "
+            "every setting with its default."
+        )
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    from jrl.sweep import command
+
+    return call(command, args)
+
+
 def _free_folder(name: str) -> Path:
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
     folder, number = Path("runs") / name, 2
@@ -196,6 +234,8 @@ def resume(args: Sequence[str]) -> int:
             env_steps: a new, larger total of environment steps.
             progress: auto: a bar on a terminal, lines elsewhere.
         """
+        if (path / records.SWEEP).exists():
+            return _resume_sweep(path, env_steps, progress)
         from jrl import driver
 
         result = driver.resume(path, env_steps, progress=None if progress == "auto" else progress)
@@ -207,6 +247,14 @@ def resume(args: Sequence[str]) -> int:
         return 130 if result.interrupted else 0
 
     return _run("resume", command, args)
+
+
+def _resume_sweep(path: Path, env_steps: int | None, progress: str) -> int:
+    if env_steps is not None:
+        raise ValueError(f"--env-steps {env_steps}: a sweep cannot be extended; start a new one.")
+    from jrl.sweep import command
+
+    return command.resume(path, progress)
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -279,8 +327,6 @@ def compare(args: Sequence[str]) -> int:
         """
         if len(paths) < 2:
             raise ValueError("jrl compare needs at least two folders: jrl compare sweeps/ppo sweeps/dqn")
-        from rich.console import Console
-
         from jrl import sweep_report, tables
 
         read = [tables.read(path) for path in paths]
@@ -294,8 +340,7 @@ def compare(args: Sequence[str]) -> int:
                 f"{label}, {tables.setting(values)}" if values else label
                 for label, (values, _) in zip(labels, chosen, strict=True)
             ]
-        console = Console(width=None if sys.stdout.isatty() else sweep_report.WIDTH)
-        console.print(sweep_report.compare(read, labels, target=target), highlight=False)
+        sweep_report.show(sweep_report.compare(read, labels, target=target))
         if out is not None:
             from jrl import sweep_plots
 
@@ -386,6 +431,8 @@ def _run(name: str, command: Callable[..., int], args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "sweep": sweep,
+    "plan": plan,
     "resume": resume,
     "eval": evaluate,
     "plot": plot,

@@ -61,7 +61,7 @@ def report(environ: Mapping[str, str] = os.environ) -> tuple[dict[str, str], lis
         stats = one.memory_stats() or {}
         if "bytes_limit" in stats:
             used = stats.get("bytes_in_use", 0)
-            facts[f"memory of {one}"] = f"{_size(stats['bytes_limit'])}, {_size(used)} in use"
+            facts[f"memory of {one}"] = f"{readable_size(stats['bytes_limit'])}, {readable_size(used)} in use"
     facts["CPU cores"] = _cores()
     for name in ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS"):
         facts[name] = environ.get(name) or "not set"
@@ -168,7 +168,7 @@ def _cache(folder: str | None) -> str:
     if not folder:
         return "off: every process compiles anew"
     files = [file for file in Path(folder).glob("**/*") if file.is_file()]
-    return f"{folder} ({len(files)} files, {_size(sum(file.stat().st_size for file in files))})"
+    return f"{folder} ({len(files)} files, {readable_size(sum(file.stat().st_size for file in files))})"
 
 
 def _memory() -> str:
@@ -177,7 +177,25 @@ def _memory() -> str:
         total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, AttributeError):  # not on every system
         return "unknown"
-    return f"{_size(total)}, {_size(free)} free"
+    return f"{readable_size(total)}, {readable_size(free)} free"
+
+
+def available_memory() -> int | None:
+    """Return the bytes of main memory that a new process could use, or None where the system does not say.
+
+    What the system itself counts as available: free pages and those it can drop, such as cached files.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, AttributeError):
+        return None
 
 
 def _cores() -> str:
@@ -185,7 +203,8 @@ def _cores() -> str:
     return f"{os.cpu_count()}, {usable} usable by this process"
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Write a number of bytes as in ``24 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

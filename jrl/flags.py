@@ -52,10 +52,10 @@ class Options:
     """Project on Weights & Biases."""
 
 
-def parse_train(
-    algorithm: str, module: Any, args: Sequence[str]
-) -> tuple[Options, dict[str, Any], dict[str, Any]]:
-    """Parse the flags of ``jrl train``: those of the run, and every field of ``Config`` and ``HParams``.
+def parse(
+    prog: str, options: type[Any], module: Any, args: Sequence[str]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Parse flags: those of ``options``, and every field of the module's ``Config`` and ``HParams``.
 
     Returns:
         The options, the fields of ``Config`` and those of ``HParams`` (without ``env``).
@@ -65,7 +65,7 @@ def parse_train(
     command = dataclasses.make_dataclass(
         "Command",
         [
-            ("run", flags(Options)),
+            ("run", flags(options)),
             ("config", flags(module.Config)),
             ("hparams", flags(module.HParams, skip=("env",))),
         ],
@@ -73,13 +73,12 @@ def parse_train(
     summary = (module.__doc__ or "").strip().splitlines()[0]
     parsed: Any = tyro.cli(
         command,
-        prog=f"jrl train {algorithm}",
+        prog=prog,
         description=summary,
         args=list(args),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    options = Options(**vars(parsed.run))
-    return options, dict(vars(parsed.config)), dict(vars(parsed.hparams))
+    return options(**vars(parsed.run)), dict(vars(parsed.config)), dict(vars(parsed.hparams))
 
 
 def flags(cls: type, skip: Sequence[str] = ()) -> type:
@@ -92,7 +91,7 @@ def flags(cls: type, skip: Sequence[str] = ()) -> type:
         if field.name in skip:
             continue
         hint: Any = Annotated[hints[field.name], tyro.conf.arg(help=docs.get(field.name, ""))]
-        if field.name in ("env_param", "env_kwarg"):
+        if hints[field.name] == tuple[str, ...]:
             hint = tyro.conf.UseAppendAction[hint]  # type: ignore[misc]
         fields.append((field.name, hint, dataclasses.field(default=field.default)))
     mirror = dataclasses.make_dataclass(cls.__name__, fields)
@@ -121,6 +120,18 @@ def pairs(items: Sequence[str], flag: str) -> dict[str, str]:
             raise ValueError(f"{flag} {item}: expected NAME=VALUE, for example {flag} length=0.7")
         found[name] = value
     return found
+
+
+def split_values(text: str) -> list[str]:
+    """Split ``1,2`` at its commas, but not at those within brackets: ``[64,64],[128]`` are two values."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def json_value(text: str) -> Any:

@@ -80,7 +80,7 @@ class Lines(Silent):
         if part == self._shown and share < 1:
             return
         self._shown = part
-        left = _duration(max(self._total - env_steps, 0) / rate) if rate else "?"
+        left = readable_duration(max(self._total - env_steps, 0) / rate) if rate else "?"
         print(
             f"{env_steps:>13,} env steps {min(share, 1):>5.0%}   {self._best or 'return -':<18} "
             f"{rate:>12,.0f} steps/s   {left} left",
@@ -136,11 +136,14 @@ class Bar:
 
 
 def _return(row: Mapping[str, Any]) -> str:
+    if "text" in row:  # a sweep says more than one return
+        return str(row["text"])
     value = row.get("episode_return")
     return "" if value is None else f"return {value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def readable_duration(seconds: float) -> str:
+    """Write seconds as in ``1:05`` or ``2:01:05``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -153,7 +156,7 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
     if evaluation:
         lines.append(evaluation_line(evaluation))
     lines.append(
-        f"training     {summary['env_steps']:,} env steps in {_duration(summary['train_seconds'])} "
+        f"training     {summary['env_steps']:,} env steps in {readable_duration(summary['train_seconds'])} "
         f"({summary['env_steps_per_second']:,.0f} steps/s), "
         f"after {summary['compile_seconds']:.1f} s of compiling"
     )

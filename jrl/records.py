@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FORMAT = "jrl-run-1"
+FORMAT, SWEEP_FORMAT = "jrl-run-1", "jrl-sweep-1"
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
+SWEEP, TABLE = "sweep.json", "table.csv"
 CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
 TENSORBOARD = "tensorboard"
 
@@ -95,16 +96,30 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
         RunError: it is not there, not readable, or not written by jrl.
     """
-    path = Path(folder) / RUN
     rule = "A run folder is what jrl train --out (or jrl.run(out=...)) made; pass one of those."
+    return _read_record(Path(folder), RUN, FORMAT, "a run folder", rule)
+
+
+def read_sweep(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return ``sweep.json`` of a sweep's folder.
+
+    Raises:
+        RunError: it is not there, not readable, or not written by jrl.
+    """
+    rule = "A sweep's folder is what jrl sweep --out (or jrl.sweep.run(out=...)) made; pass one of those."
+    return _read_record(Path(folder), SWEEP, SWEEP_FORMAT, "a sweep's folder", rule)
+
+
+def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> dict[str, Any]:
+    path = folder / name
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise RunError(f"{folder} is not a run folder: it has no {RUN}. {rule}") from error
+        raise RunError(f"{folder} is not {what}: it has no {name}. {rule}") from error
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read ({error}). {rule}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise RunError(f"{path} does not say format {FORMAT!r}: something else wrote it. {rule}")
+    if not isinstance(record, dict) or record.get("format") != form:
+        raise RunError(f"{path} does not say format {form!r}: something else wrote it. {rule}")
     return record
 
 
@@ -182,10 +197,10 @@ def check_new(folder: Path, overwrite: bool) -> None:
     if existing != folder:
         return
     names = {entry.name for entry in folder.iterdir() if not _is_trace(entry)}
-    if RUN in names:
+    if kind := {RUN: "run", SWEEP: "sweep"}.get(next(iter(names & {RUN, SWEEP}), "")):
         if not overwrite:
             raise RunError(
-                f"run folder {folder} already holds a run. A folder is used once, so that nothing saved is "
+                f"run folder {folder} already holds a {kind}. A folder is used once, so that nothing saved is "
                 f"lost: continue it with `jrl resume {folder}`, choose another one with --out, or replace it "
                 "with --overwrite (overwrite=True)."
             )
@@ -201,7 +216,7 @@ def _is_trace(entry: Path) -> bool:
     """Tell what a run that ended before it began leaves behind: nothing worth keeping."""
     if entry.name == CHECKPOINTS and entry.is_dir():
         return not any(entry.iterdir())
-    return entry.name == LOCK or entry.name.startswith(f".{RUN}.")
+    return entry.name == LOCK or entry.name.startswith((f".{RUN}.", f".{SWEEP}."))
 
 
 def create(folder: Path) -> None:
@@ -216,7 +231,7 @@ def create(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed)."""
     try:
-        for name in (RUN, METRICS, SUMMARY, CURVE):
+        for name in (RUN, SWEEP, METRICS, SUMMARY, CURVE, TABLE):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             if (folder / name).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,14 @@ _LINES = 14  # of rows; with title, header and caption about 20
 _GAP = 2  # between two columns
 _LABEL = 14  # at least, of the column of labels
 _MERGED = "setting"
+
+
+def show(renderable: Any) -> None:
+    """Print what the other functions return, as wide as the terminal, or :data:`WIDTH` where there is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(renderable, highlight=False)
 
 
 def render(table: Table) -> Any:

@@ -42,15 +42,20 @@ def _train(step: Callable[..., Any], state: Any, hparams: Any, num_steps: int) -
     return jax.lax.scan(lambda state, _: step(state, hparams), state, length=num_steps)
 
 
-def summarize(metrics: Metrics) -> Metrics:
+def summarize(metrics: Metrics, num_steps: Array | None = None) -> Metrics:
     """Reduce metrics over their leading axis to scalars.
 
     Episode statistics weigh each step by the episodes that ended in it; ``num_episodes`` is summed, minimum
     and maximum are taken over steps in which an episode ended; all else is averaged. Where no episode ended
     at all the episode statistics are 0, and ``num_episodes`` says so.
+
+    Args:
+        metrics: of each step, ``[T, ...]``, ``num_episodes`` among them.
+        num_steps: how many rows are in use, where those after them are all zero; None means all ``T``.
     """
     count = metrics["num_episodes"]
     total = count.sum(0)
+    used = len(count) if num_steps is None else jnp.maximum(num_steps, 1)
     summary = {}
     for name, value in metrics.items():
         if name == "num_episodes":
@@ -62,7 +67,7 @@ def summarize(metrics: Metrics) -> Metrics:
         elif name.startswith("episode_"):
             summary[name] = (value * count).sum(0) / jnp.maximum(total, 1.0)
         else:
-            summary[name] = value.mean(0)
+            summary[name] = value.sum(0) / used
     return summary
 
 

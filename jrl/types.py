@@ -225,9 +225,11 @@ class Algorithm(NamedTuple):
         step: ``(State, hparams) -> (State, Metrics)``: one unroll and its updates.
         policy: ``(State, *, greedy=True) -> Policy``.
         env_steps_per_step: environment steps taken by one ``step``.
+        env: the single environment it was made for; None where an algorithm does not say.
     """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Metrics]]
     policy: Callable[..., Policy]
     env_steps_per_step: int
+    env: Environment | None = None

@@ -55,7 +55,7 @@ def _pool_can_hang(environ: Mapping[str, str]) -> bool:
 
 def _pool_size(environ: Mapping[str, str]) -> int:
     value = environ.get("NPROC", "")
-    return int(value) if value.isdigit() and int(value) > 0 else _cores()
+    return int(value) if value.isdigit() and int(value) > 0 else cores()
 
 
 def _threads_needed(environ: Mapping[str, str]) -> int:
@@ -72,6 +72,7 @@ def _jaxlib() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use."""
     # macOS and Windows have no affinity to ask for.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

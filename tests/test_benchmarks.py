@@ -248,7 +248,7 @@ def test_devices_that_are_not_there_are_refused():
 def test_two_devices_get_the_pool_that_they_need(fake_clone, monkeypatch):
     monkeypatch.setenv("NPROC", "1")  # as pinned to one core
     monkeypatch.setattr("jrl.xla._jaxlib", lambda: (0, 10))
-    monkeypatch.setattr("jrl.xla._cores", lambda: 2)
+    monkeypatch.setattr("jrl.xla.cores", lambda: 2)
     work = peers.Work(**TOY_PPO, seeds=2, devices=2)
     jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python")
     assert "--xla_force_host_platform_device_count=2" in jobs["jrl"].environ["XLA_FLAGS"]

@@ -81,7 +81,7 @@ def test_every_field_is_a_flag_with_its_docstring_as_help(module, capsys):
 def test_flags_reach_the_config_and_the_hparams():
     args = ["--env", "X", "--num-envs", "3", "--hidden-sizes", "8", "9", "--no-clip-value", "--gamma", "0.5"]
     args += ["--env-param", "a=1", "--env-param", "b=2", "--env-kwarg", 'c={"d": 1}']
-    options, config, hparams = flags.parse_train("ppo", ppo, args)
+    options, config, hparams = flags.parse("jrl train ppo", flags.Options, ppo, args)
     assert options.env_param == ("a=1", "b=2")
     assert options == flags.Options(env="X", env_param=("a=1", "b=2"), env_kwarg=('c={"d": 1}',))
     assert ppo.Config(**config) == ppo.Config(num_envs=3, hidden_sizes=(8, 9), clip_value=False)
@@ -187,7 +187,7 @@ def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "there is no command 'trian'. Commands: train, resume, eval"),
+        (["trian"], "there is no command 'trian'. Commands: train, sweep, plan, resume, eval"),
         (["train", "pp", "--env", "CartPole-v1"], "unknown algorithm 'pp'. Nearest: ppo."),
         (["train", "ppo", "--env", "CartPol-v1"], "environment id 'CartPol-v1'. Nearest: CartPole-v1"),
         (["train", "dqn", "--env", "Pendulum-v1"], "Q-learning maximises over Discrete actions"),

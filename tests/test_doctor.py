@@ -43,7 +43,7 @@ def test_what_xla_diagnoses_is_shown(monkeypatch, capsys):
 
 
 def test_sizes_and_caches_in_words(tmp_path):
-    assert [doctor._size(count) for count in (5, 2048, 3 * 2**30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
+    assert [doctor.readable_size(count) for count in (5, 2048, 3 * 2**30)] == ["5 B", "2.0 KiB", "3.0 GiB"]
     assert doctor._cache(None) == "off: every process compiles anew"
     (tmp_path / "program").write_bytes(b"12345")
     assert doctor._cache(str(tmp_path)) == f"{tmp_path} (1 files, 5 B)"

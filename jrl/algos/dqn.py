@@ -345,4 +345,4 @@ def make(
         """Return the greedy policy of the online network, or, with greedy=False, an ε-greedy one."""
         return Policy(act, (state.params, jnp.float32(0.0 if greedy else epsilon)))
 
-    return Algorithm(init, step, policy, block_steps)
+    return Algorithm(init, step, policy, block_steps, env)

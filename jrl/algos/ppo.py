@@ -328,4 +328,4 @@ def make(
         return Policy(play_greedily if greedy else play_sampled, acting, network.init_memory)
 
     env_steps_per_step = config.num_envs * config.unroll_length
-    return Algorithm(init, step, policy, env_steps_per_step)
+    return Algorithm(init, step, policy, env_steps_per_step, env)

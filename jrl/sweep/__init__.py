@@ -1,0 +1,34 @@
+"""Sweeps: seeds, hyperparameters and environment parameters side by side, in one compiled program."""
+
+from jrl.sweep.batching import batch
+from jrl.sweep.members import broadcast, concatenate, grid, names, product, random, seeds, size, varying
+from jrl.sweep.planning import Plan
+from jrl.sweep.runner import Finished, execute, plan, resume, run
+from jrl.sweep.search import Halving, exploit_and_explore
+from jrl.sweep.spaces import choice, loguniform, normal, parse, uniform
+
+__all__ = [
+    "Finished",
+    "Halving",
+    "Plan",
+    "batch",
+    "broadcast",
+    "choice",
+    "concatenate",
+    "execute",
+    "exploit_and_explore",
+    "grid",
+    "loguniform",
+    "names",
+    "normal",
+    "parse",
+    "plan",
+    "product",
+    "random",
+    "resume",
+    "run",
+    "seeds",
+    "size",
+    "uniform",
+    "varying",
+]

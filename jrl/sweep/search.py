@@ -1,0 +1,120 @@
+"""Search inside a sweep: successive halving, and population-based training, without compiling anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl.sweep import members
+from jrl.types import Array, Key, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+    """Successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943).
+
+    After ``env_steps / eta**(num_rungs - r)`` environment steps of rung ``r = 1 … num_rungs - 1`` the best
+    ``1 / eta`` of the settings go on; a setting's score is the interquartile mean over its seeds of the training
+    return since the last rung's middle. The best ones train for all of ``env_steps``.
+
+    Attributes:
+        eta: the factor between rungs, above 1.
+        num_rungs: rungs, the last of which is the end of the run; None for as many as leave one setting.
+    """
+
+    eta: float = 3.0
+    num_rungs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.eta) and self.eta > 1):
+            raise ValueError(
+                f"halving(eta={self.eta}): must be above 1, the factor by which settings get fewer."
+            )
+        if self.num_rungs is not None and self.num_rungs < 2:
+            raise ValueError(f"halving(num_rungs={self.num_rungs}): needs at least 2, or it stops nothing.")
+
+    def rungs(self, num_settings: int, num_steps: int) -> list[tuple[int, int]]:
+        """Return ``(algorithm steps, settings that go on)`` for each rung but the last, steps ascending."""
+        levels = self.num_rungs or 1 + math.floor(math.log(max(num_settings, 1), self.eta) + 1e-9)
+        found: list[tuple[int, int]] = []
+        for rung in range(1, levels):
+            step = max(1, round(num_steps / self.eta ** (levels - rung)))
+            kept = max(1, math.floor(num_settings / self.eta**rung + 1e-9))
+            if step < num_steps and kept < num_settings and (not found or step > found[-1][0]):
+                found.append((step, kept))
+        return found
+
+
+def best(scores: np.ndarray, num: int) -> np.ndarray:
+    """Return the indices of the ``num`` highest scores, best first; NaN is the lowest, equal ones keep their order."""
+    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:num]
+
+
+def exploit_and_explore(
+    key: Key,
+    states: PyTree,
+    hparams: Any,
+    score: Array,
+    *,
+    explore: Mapping[str, tuple[float, float]],
+    share: float = 0.25,
+    factor: float = 1.25,
+) -> tuple[PyTree, Any, Array]:
+    """One round of population-based training (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846).
+
+    Each of the worst ``share`` of the members is replaced by a copy of one of the best ``share``, drawn uniformly,
+    whose hyperparameters are multiplied or divided by ``factor``, each with probability ½, within their bounds.
+    The states are gathered, the hyperparameters are numbers: nothing compiles anew. The copy keeps a random stream
+    of its own.
+
+    Args:
+        key: consumed.
+        states: of all members, ``[M, ...]``, with a field ``key``.
+        hparams: ``[M, ...]``.
+        score: ``[M]``, higher is better; NaN is the worst.
+        explore: name -> (low, high), the hyperparameters that change and their bounds.
+        share: of the members, at most ½.
+        factor: above 1.
+
+    Returns:
+        The states, the hyperparameters, and for each member the one it was copied from (itself where it stays),
+        int32 ``[M]``.
+
+    Raises:
+        ValueError: ``share`` or ``factor`` is out of range, or an unknown hyperparameter.
+    """
+    if not 0 < share <= 0.5:
+        raise ValueError(f"exploit_and_explore(share={share}): must be above 0 and at most 0.5.")
+    if factor <= 1:
+        raise ValueError(f"exploit_and_explore(factor={factor}): must be above 1.")
+    leaves = members.names(hparams)
+    for name in explore:
+        members.check_name(name, {name: leaf[0] for name, leaf in leaves.items()}, hparams)
+    num = score.shape[0]
+    count = max(1, int(num * share)) if num > 1 else 0
+    donor_key, direction_key, stream_key = jax.random.split(key, 3)
+    order = jnp.argsort(-jnp.nan_to_num(score, nan=-jnp.inf), stable=True)
+    donors = order[jax.random.randint(donor_key, (num,), 0, max(count, 1))]
+    rank = jnp.zeros((num,), jnp.int32).at[order].set(jnp.arange(num, dtype=jnp.int32))
+    replaced = rank >= num - count
+    source = jnp.where(replaced, donors, jnp.arange(num)).astype(jnp.int32)
+
+    states = jax.tree.map(lambda leaf: leaf[source], states)
+    streams = jax.vmap(jax.random.fold_in)(states.key, jax.random.bits(stream_key, (num,)))
+    states = dataclasses.replace(states, key=jnp.where(replaced, streams, states.key))
+    up = jax.random.bernoulli(direction_key, 0.5, (len(leaves), num))
+    changed = []
+    for index, (name, leaf) in enumerate(leaves.items()):
+        leaf = leaf[source]
+        if name in explore:
+            low, high = explore[name]
+            moved = jnp.clip(jnp.where(up[index], leaf * factor, leaf / factor), low, high)
+            leaf = jnp.where(replaced, moved.astype(leaf.dtype), leaf)
+        changed.append(leaf)
+    return states, jax.tree.unflatten(jax.tree.structure(hparams), changed), source

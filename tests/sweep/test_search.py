@@ -1,0 +1,96 @@
+"""Successive halving and population-based training, as pure functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from jrl import sweep
+from jrl.sweep import search
+
+
+@struct.dataclass
+class HParams:
+    learning_rate: jax.Array
+    gamma: jax.Array
+
+
+@struct.dataclass
+class State:
+    weight: jax.Array
+    key: jax.Array
+
+
+def population(n=8):
+    hparams = HParams(jnp.linspace(0.1, 0.8, n), jnp.full(n, 0.9))
+    return State(jnp.arange(n, dtype=jnp.float32), jax.random.split(jax.random.key(1), n)), hparams
+
+
+def test_rungs_keep_a_share_at_a_share_of_the_steps():
+    assert search.Halving(eta=3).rungs(27, 2700) == [(100, 9), (300, 3), (900, 1)]
+    assert search.Halving(eta=2, num_rungs=3).rungs(16, 400) == [(100, 8), (200, 4)]
+    assert search.Halving(eta=4).rungs(1, 100) == []
+    # the work of 27 settings, four rungs: 100 x 27 + 200 x 9 + 600 x 3 + 1800 x 1, 11 % of all to the end
+    rungs = [(0, 27), *search.Halving(eta=3).rungs(27, 2700), (2700, 0)]
+    work = sum((later - at) * kept for (at, kept), (later, _) in zip(rungs, rungs[1:], strict=False))
+    assert work == 8100
+
+
+@pytest.mark.parametrize(("changes", "text"), [({"eta": 1.0}, "eta=1.0"), ({"num_rungs": 1}, "num_rungs=1")])
+def test_what_halving_refuses(changes, text):
+    with pytest.raises(ValueError, match=text):
+        search.Halving(**changes)
+
+
+def test_the_best_are_the_highest_and_nan_is_the_lowest():
+    assert search.best(np.array([1.0, np.nan, 3.0, 3.0, -5.0]), 4).tolist() == [2, 3, 0, 4]
+
+
+def test_the_worst_are_replaced_by_copies_of_the_best_that_are_then_changed():
+    states, hparams = population()
+    score = jnp.array([7.0, 1, 2, jnp.nan, 8, 3, 4, 5])
+    step = jax.jit(lambda key: sweep.exploit_and_explore(
+        key, states, hparams, score, explore={"learning_rate": (0.0, 0.45)}, share=0.25, factor=2.0,
+    ))  # fmt: skip
+    new, numbers, source = step(jax.random.key(0))
+    stays = [0, 2, 4, 5, 6, 7]
+    assert source[jnp.array(stays)].tolist() == stays
+    assert set(source[jnp.array([1, 3])].tolist()) <= {0, 4}
+    np.testing.assert_array_equal(new.weight, np.asarray(source, np.float32))
+    np.testing.assert_array_equal(numbers.gamma, hparams.gamma)
+    for i in range(8):
+        before = float(hparams.learning_rate[source[i]])
+        expected = [before] if i in stays else [min(2 * before, 0.45), before / 2]
+        assert any(np.isclose(numbers.learning_rate[i], value) for value in expected)
+    data = np.asarray(jax.random.key_data(new.key))
+    assert len({tuple(row) for row in data.tolist()}) == 8  # a copy has a stream of its own
+    np.testing.assert_array_equal(data[stays], np.asarray(jax.random.key_data(states.key))[stays])
+
+
+def test_both_directions_and_all_donors_occur():
+    states, hparams = population()
+    score = jnp.arange(8.0)
+    step = jax.jit(jax.vmap(lambda key: sweep.exploit_and_explore(
+        key, states, hparams, score, explore={"learning_rate": (0.0, 9.0)}, factor=2.0,
+    )))  # fmt: skip
+    _, numbers, source = step(jax.random.split(jax.random.key(0), 400))
+    assert set(np.asarray(source[:, 0]).tolist()) == {6, 7}
+    ratio = np.asarray(numbers.learning_rate[:, 0] / hparams.learning_rate[source[:, 0]])
+    np.testing.assert_allclose(np.mean(ratio > 1), 0.5, atol=0.1)
+    assert set(np.round(ratio, 3).tolist()) == {0.5, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"share": 0.6}, "share=0.6"),
+        ({"factor": 1.0}, "factor=1.0"),
+        ({"explore": {"gama": (0, 1)}}, "no hyperparameter 'gama'. Nearest: gamma"),
+    ],
+)
+def test_what_population_based_training_refuses(changes, text):
+    states, hparams = population(4)
+    arguments = {"explore": {"gamma": (0.0, 1.0)}} | changes
+    with pytest.raises(ValueError, match=text):
+        sweep.exploit_and_explore(jax.random.key(0), states, hparams, jnp.arange(4.0), **arguments)
