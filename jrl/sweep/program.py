@@ -80,6 +80,7 @@ def chunk(algo: Algorithm, on: Mesh, width: int | None, length: int) -> Callable
     in ``failed_at`` and the state (a replay excepted) that it had before the chunk; from then on it is left so.
     What others compute does not depend on it.
     """
+    algo = algo._replace(step=jax.jit(algo.step))  # traced once, however often its shapes are asked for
 
     def advance(states: Any, failed_at: Array, hparams: Any, *numbers: Array) -> Any:
         step, num_steps, num_groups = numbers

@@ -454,14 +454,17 @@ class _Sweep:
         progress_kind: str | None,
         figures: bool,
     ) -> None:
-        self.setup, self.who, self.record, self.folder = setup, who, record, folder
+        # jitted here: then each is traced once, however often its shapes are asked for
+        algo = setup.algo._replace(init=jax.jit(setup.algo.init), step=jax.jit(setup.algo.step))
+        self.setup = dataclasses.replace(setup, algo=algo)
+        self.who, self.record, self.folder = who, record, folder
         self.devices = jax.devices() if devices is None else list(devices)
         self.width = planning.choose_width(record["width"], self.devices)
         self.show = progress.choose(progress_kind)
         self.figures = figures
         self.num = len(who.seeds)
-        state = jax.eval_shape(setup.algo.init, jax.random.key(0), setup.hparams)
-        metrics = jax.eval_shape(setup.algo.step, state, setup.hparams)[1]
+        state = jax.eval_shape(algo.init, jax.random.key(0), setup.hparams)
+        metrics = jax.eval_shape(algo.step, state, setup.hparams)[1]
         if wrong := [name for name, metric in metrics.items() if metric.shape != ()]:
             raise RunError(f"metrics {', '.join(wrong)} are no scalars: algo.step must return shape ().")
         self.state_shape = state
