@@ -266,21 +266,25 @@ def evaluate(args: Sequence[str]) -> int:
         sample: bool = False,
         seed: int | None = None,
         step: int | None = None,
+        member: int | None = None,
     ) -> int:
-        """Play episodes with the policy of a run, on environments of their own.
+        """Play episodes with the policy of a run, or of a member of a sweep, on environments of their own.
 
         Args:
-            path: run folder.
+            path: run folder, or a sweep's.
             episodes: how many, exactly.
             sample: draw actions as in training, instead of taking the most probable one.
             seed: of the episodes; the run's own by default, which repeats its final evaluation.
             step: the checkpoint, by the number of its folder; the newest by default.
+            member: of a sweep, by its number in table.csv.
         """
         from jrl import driver, progress
 
         if episodes < 1:
             raise ValueError(f"--episodes {episodes}: must be at least 1.")
-        evaluation = driver.evaluate(path, num_episodes=episodes, greedy=not sample, seed=seed, step=step)
+        evaluation = driver.evaluate(
+            path, num_episodes=episodes, greedy=not sample, seed=seed, step=step, member=member
+        )
         print(progress.evaluation_line(evaluation))
         return 0
 

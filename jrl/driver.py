@@ -236,15 +236,17 @@ def evaluate(
     greedy: bool = True,
     seed: int | None = None,
     step: int | None = None,
+    member: int | None = None,
 ) -> dict[str, Any]:
     """Play ``num_episodes`` episodes with the policy of a run folder.
 
     Args:
-        path: the run folder.
+        path: the run folder, or that of a sweep.
         num_episodes: how many, exactly.
         greedy: the most probable action, or samples as in training.
         seed: of the episodes; None repeats the run's final evaluation.
         step: the checkpoint; the newest by default.
+        member: of a sweep.
 
     Returns:
         ``episode_return_mean``, ``_std``, ``_min``, ``_max``, ``num_episodes`` and more, as ``evaluation`` in
@@ -253,8 +255,21 @@ def evaluate(
     Raises:
         RunError, CheckpointError: as :func:`load`.
     """
-    loaded = load(path, step)
-    seed = records.read_run(path)["seed"] if seed is None else seed
+    if (Path(path) / records.SWEEP).exists():
+        from jrl import sweep  # imports this module
+
+        if member is None or step is not None:
+            raise RunError(
+                f"{path} holds a sweep: say which of its members, member=N (--member N), and no step."
+            )
+        loaded = sweep.load(path, member)
+        own_seed = records.read_sweep(path)["seeds"][member]
+    elif member is not None:
+        raise RunError(f"member={member}: {path} holds no sweep; leave it out.")
+    else:
+        loaded = load(path, step)
+        own_seed = records.read_run(path)["seed"]
+    seed = own_seed if seed is None else seed
     evaluation = loop.evaluate(
         loaded.env, loaded.algo, loaded.hparams, loaded.state, seed, num_episodes, greedy
     )

@@ -3,7 +3,7 @@
 from jrl.sweep.batching import batch
 from jrl.sweep.members import broadcast, concatenate, grid, names, product, random, seeds, size, varying
 from jrl.sweep.planning import Plan
-from jrl.sweep.runner import Finished, execute, plan, resume, run
+from jrl.sweep.runner import Finished, execute, load, plan, resume, run
 from jrl.sweep.search import Halving, exploit_and_explore
 from jrl.sweep.spaces import choice, loguniform, normal, parse, uniform
 
@@ -18,6 +18,7 @@ __all__ = [
     "execute",
     "exploit_and_explore",
     "grid",
+    "load",
     "loguniform",
     "names",
     "normal",

@@ -29,7 +29,7 @@ import numpy as np
 
 from jrl import checkpoint, configuration, doctor, loggers, progress, records, statistics, tables, xla
 from jrl.configuration import Setup
-from jrl.driver import chunk_length
+from jrl.driver import RunResult, chunk_length
 from jrl.interrupt import StopRequest, wait
 from jrl.ops import counter
 from jrl.records import CorruptCheckpointError, RunError, RunWarning
@@ -260,6 +260,50 @@ def resume(
     halving = None if record["halving"] is None else Halving(**record["halving"])
     with records.locked(folder):
         return _Sweep(setup, who, record, folder, devices, progress, figures).run(halving)
+
+
+def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: Any = None) -> RunResult:
+    """Return what one member of a sweep has learned, from its newest checkpoint, as :func:`jrl.load` does of a run.
+
+    ::
+
+        best = max(range(len(table)), key=lambda i: table.row(i)["episode_return_mean"])
+        learned = jrl.sweep.load("runs/sweep", best)
+        learned.algo.policy(learned.state)
+
+    Raises:
+        RunError: no sweep's folder, no such member, or no checkpoint of it yet.
+        CheckpointError: (a RunError) its checkpoint is damaged.
+    """
+    folder = Path(path)
+    record = records.read_sweep(folder)
+    setup = configuration.from_json(record, algorithm=algorithm, env=env)
+    who = _members_of(record, setup)
+    if not 0 <= member < len(who.seeds):
+        raise RunError(f"member={member}: the sweep in {folder} has members 0 to {len(who.seeds) - 1}.")
+    checkpoints = folder / records.CHECKPOINTS
+    for number in reversed(checkpoint.steps(checkpoints)):
+        held = checkpoint.metadata(checkpoints, number)
+        if member not in held["order"]:
+            continue
+        state = jax.eval_shape(setup.algo.init, jax.random.key(0), setup.hparams)
+        results = Results.empty(held["rows"], len(who.seeds))
+        like = {"states": _stacked(state, len(held["order"])), "results": results.arrays()}
+        states = checkpoint.restore(checkpoints, like, number)["states"]
+        index = held["order"].index(member)
+        return RunResult(
+            state=jax.tree.map(lambda leaf: leaf[index], states),
+            summary=records.read_summary(folder) or {},
+            out=folder,
+            interrupted=member not in held["ended"],
+            already_finished=False,
+            algo=setup.algo,
+            env=setup.env,
+            hparams=jax.tree.map(lambda leaf: jnp.asarray(leaf[member]), who.hparams),
+        )
+    raise RunError(
+        f"the sweep in {folder} has no checkpoint of member {member} yet. {_how_to_resume(folder)}"
+    )
 
 
 def plan(algorithm: Any, hparams: Any = None, *, measure: bool = True, **settings: Any) -> Plan:
@@ -657,7 +701,7 @@ class _Sweep:
             if (due or stop.requested) and step < self.total:
                 self.save(chunk, step, order, states)
                 last = time.perf_counter()
-        if step >= self.total and not stop.requested:
+        if step >= self.total and not stop.requested and not self.ended[order].all():
             if self.record["eval_episodes"]:
                 self.evaluate(order, states, hparams)
             self.ended[order] = True
@@ -772,6 +816,7 @@ class _Sweep:
             "order": order.tolist(),
             "held": self.plan_.chunk,
             "warmup": self.warmup,
+            "rows": len(self.results.history),
             "ended": np.flatnonzero(self.ended).tolist(),
             "env_steps": self.env_steps_done,
             "seconds": self.seconds,
@@ -812,10 +857,7 @@ class _Sweep:
                 )
                 results = Results.empty(-(-self.total // self.record["chunk_length"]), self.num)
                 like = {
-                    "states": jax.tree.map(
-                        lambda leaf: jax.ShapeDtypeStruct((len(order), *leaf.shape), leaf.dtype),  # noqa: B023
-                        self.state_shape,
-                    ),
+                    "states": _stacked(self.state_shape, len(order)),
                     "results": results.arrays(),
                 }
                 content = checkpoint.restore(folder, like, number)
@@ -897,6 +939,10 @@ class _Sweep:
         leaves = members.names(self.who.hparams)
         values = {name: _exact(leaves[name])[first] for name in self.who.swept}
         return {"hparams": values, "return_iqm": float(np.nanmax(scores))}
+
+
+def _stacked(state: PyTree, n: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), state)
 
 
 class _Position(NamedTuple):

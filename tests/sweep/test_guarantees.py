@@ -16,7 +16,9 @@ ENV = jrl.make("CartPole-v1")
 
 
 def ppo():
-    return jrl.ppo, jrl.ppo.Config(num_envs=4, unroll_length=16, num_epochs=2, num_minibatches=2, hidden_sizes=(8,))
+    return jrl.ppo, jrl.ppo.Config(
+        num_envs=4, unroll_length=16, num_epochs=2, num_minibatches=2, hidden_sizes=(8,)
+    )
 
 
 def dqn():

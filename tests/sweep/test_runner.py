@@ -1,0 +1,445 @@
+"""A sweep from Python and from the command: its table, its files, its errors, and going on after a kill."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import fake_algorithm as fake
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
+from jrl.records import RunError
+
+ENV = fake.environment()
+STEPS = 8 * 60  # 60 algorithm steps, chunks of 1
+
+
+def run(out=None, **changes):
+    """Six members: three seeds of two settings."""
+    arguments = {"grid": {"learning_rate": [0.1, 0.2]}, "seeds": 3, "env_steps": STEPS, "eval_episodes": 4}
+    arguments |= {"env": ENV, "progress": "none", "figures": False, "devices": jax.devices()[:1], "out": out}
+    return sweep.execute(fake, **arguments | changes)
+
+
+def arrays(state):
+    return {path: array.tobytes() for path, array in checkpoint.snapshot(state).arrays.items()}
+
+
+def bits(finished):
+    table = finished.table
+    return json.dumps(table.columns), table.curves.tobytes(), table.curve_env_steps.tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("sweeps") / "reference")
+
+
+def test_a_table_has_a_row_a_member(reference):
+    table = reference.table
+    assert len(table) == 6
+    assert table.swept == ("learning_rate",)
+    assert table.columns["seed"] == [0, 1, 2] * 2
+    assert table.columns["learning_rate"] == [0.1] * 3 + [0.2] * 3  # not 0.10000000149
+    assert table.columns["episode_return_mean"] == [5.0] * 6
+    assert table.columns["num_episodes"] == [4] * 6
+    assert table.columns["env_steps"] == [STEPS] * 6
+    assert table.columns["status"] == ["ok"] * 6
+    assert table.curve_env_steps.tolist() == list(range(8, STEPS + 1, 8))
+    returns = table.curves[0]
+    assert np.isnan(returns[:2]).all() and returns[2] == 2.0
+    assert table.columns["train_return"] == [pytest.approx(np.nanmean(returns[-6:]))] * 6
+
+
+def test_a_folder_has_everything(reference):
+    out = reference.out
+    names = {".lock", "sweep.json", "metrics.jsonl", "checkpoints", "table.csv", "summary.json"}
+    assert {path.name for path in out.iterdir()} == names
+    read = tables.read(out)
+    assert read.columns == reference.table.columns
+    np.testing.assert_array_equal(read.curves, reference.table.curves)
+    record = records.read_sweep(out)
+    assert record["swept"] == {"learning_rate": [0.1] * 3 + [0.2] * 3}
+    rows = records.read_metrics(out)
+    assert rows[-1]["env_steps"] == 6 * STEPS
+    assert rows[-1]["members_frozen"] == 0 and rows[-1]["episode_return"] == 59.0
+    summary = records.read_summary(out)
+    assert (summary["members"], summary["frozen"], summary["interrupted"]) == (6, 0, False)
+    assert summary["best"] == {"hparams": {"learning_rate": 0.1}, "return_iqm": 5.0}
+    assert summary["plan"]["bytes_total"] == reference.plan.bytes_total > 0
+
+
+def test_a_member_is_what_a_run_alone_is(reference):
+    alone = driver.run(
+        fake, ENV, env_steps=STEPS, seed=2, hparams={"learning_rate": 0.2}, eval_episodes=4, progress="none"
+    )
+    assert arrays(jax.tree.map(lambda leaf: leaf[5], reference.states)) == arrays(alone.state)
+    loaded = sweep.load(reference.out, 5, algorithm=fake, env=ENV)
+    assert arrays(loaded.state) == arrays(alone.state)
+    assert loaded.hparams == alone.hparams
+    with pytest.raises(RunError, match="has members 0 to 5"):
+        sweep.load(reference.out, 6, algorithm=fake, env=ENV)
+    assert reference.table.row(5)["episode_return_mean"] == alone.summary["evaluation"]["episode_return_mean"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"chunk": 4}, {"devices": jax.devices()[:4]}, {"devices": jax.devices()[:4], "chunk": 5}, {"chunk": 1}],
+    ids=["chunks", "devices", "both", "one by one"],
+)
+def test_chunks_and_devices_change_nothing(reference, changes):
+    finished = run(**changes)
+    assert bits(finished) == bits(reference)
+    assert finished.plan.num_chunks == -(-6 // changes.get("chunk", 6))
+
+
+def test_batched_hparams_of_an_algorithm_are_the_same_sweep(reference):
+    algo = fake.make(ENV, fake.Config())._replace(env=ENV)
+    hparams = sweep.grid(fake.HParams(), learning_rate=[0.1, 0.2])
+    table = sweep.run(
+        algo, hparams, seeds=3, env_steps=STEPS, eval_episodes=4, progress="none", devices=jax.devices()[:1]
+    )
+    assert json.dumps(table.columns) == json.dumps(reference.table.columns)
+
+
+def test_random_settings_with_a_grid_and_environment_parameters():
+    finished = run(
+        grid={"env.reward": [1.0, 2.0]}, random={"learning_rate": sweep.loguniform(1e-3, 1e-1)}, num_random=3,
+        seeds=[4, 9],
+    )  # fmt: skip
+    table = finished.table
+    assert table.swept == ("learning_rate", "env.reward")
+    assert len(table) == 12 and len(set(table.columns["learning_rate"])) == 3
+    assert table.columns["env.reward"] == [1.0, 1.0, 2.0, 2.0] * 3
+    assert (
+        table.columns["episode_return_mean"] == [5.0, 5.0, 10.0, 10.0] * 3
+    )  # in the member's own environment
+    assert table.columns["seed"] == [4, 9] * 6
+
+
+# ---------------------------------------------------------------------------------------------- bad members
+
+
+def test_a_member_that_fails_is_frozen_and_flagged_and_no_other_changes(reference, tmp_path):
+    bad = run(tmp_path / "bad", grid={"learning_rate": [0.1, 0.2], "nan_at": [-1.0, 30.0]})
+    table = bad.table
+    failing = [value == 30.0 for value in table.columns["nan_at"]]
+    assert table.columns["status"] == ["frozen" if f else "ok" for f in failing]
+    assert {at for at, f in zip(table.columns["frozen_at"], failing, strict=True) if f} == {31 * 8}
+    assert all((why is not None) == f for why, f in zip(table.columns["frozen_why"], failing, strict=True))
+    assert "loss nan after" in table.row(failing.index(True))["frozen_why"]
+    healthy = table.where(nan_at=-1.0)
+    np.testing.assert_array_equal(healthy.curves, reference.table.curves)
+    assert healthy.columns["episode_return_mean"] == reference.table.columns["episode_return_mean"]
+    states = {i: np.asarray(bad.states.params["w"][i]) for i in range(12) if table.row(i)["nan_at"] == -1.0}
+    np.testing.assert_array_equal(np.stack(list(states.values())), reference.states.params["w"])
+    assert np.isfinite(np.asarray(bad.states.params["w"])).all()
+    assert bad.summary["frozen"] == 6
+
+
+def test_parameters_that_are_not_finite_are_seen_too():
+    table = run(grid={"nan_params_at": [-1.0, 59.0]}, seeds=1).table
+    assert table.columns["status"] == ["ok", "frozen"]
+    # the loss of the step after it would be NaN; here the run has ended
+    assert table.row(1)["frozen_why"] == "a parameter is not finite"
+    assert table.row(1)["frozen_at"] == STEPS
+
+
+# ------------------------------------------------------------------------------------------------ halving
+
+
+class Ranked:
+    """The fake algorithm with the learning rate as its return, so that the best setting is known."""
+
+    Config, HParams = fake.Config, fake.HParams
+
+    @staticmethod
+    def make(env, config):
+        algo = fake.make(env, config)
+
+        def step(state, hparams):
+            state, metrics = algo.step(state, hparams)
+            return state, {**metrics, "episode_return": hparams.learning_rate * (metrics["num_episodes"] > 0)}
+
+        return algo._replace(step=step)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_halving_keeps_the_best_at_a_fraction_of_the_steps(devices):
+    values = [0.05, 0.4, 0.1, 0.45, 0.3, 0.2, 0.15, 0.35, 0.25]
+    arguments = {"grid": {"learning_rate": values}, "seeds": 2, "devices": jax.devices()[:devices]}
+    arguments |= {"env": ENV, "env_steps": STEPS, "eval_episodes": 2, "progress": "none", "figures": False}
+    full = sweep.execute(Ranked, **arguments)
+    halved = sweep.execute(Ranked, **arguments, halving=sweep.Halving(eta=3))
+    steps = {}
+    for i in range(18):
+        row = halved.table.row(i)
+        steps[row["learning_rate"]] = row["env_steps"]
+        assert row["status"] == ("ok" if row["learning_rate"] == 0.45 else "stopped")
+    # rungs at 1/9 and 1/3 of 60 algorithm steps
+    assert steps == {
+        0.45: STEPS, 0.4: 20 * 8, 0.35: 20 * 8, **dict.fromkeys([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], 7 * 8)
+    }  # fmt: skip
+    assert halved.summary["env_steps"] == 2 * sum(steps.values()) < 0.25 * full.summary["env_steps"]
+    assert halved.summary["best"]["hparams"] == full.summary["best"]["hparams"]
+    # the winner is not disturbed by who was stopped, nor by being moved
+    for i in (6, 7):
+        np.testing.assert_array_equal(halved.table.curves[i], full.table.curves[i])
+
+
+# ----------------------------------------------------------------------------------------- going on
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_bits_with_other_devices(reference, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    seen = []
+
+    def update(self, env_steps, row):
+        seen.append(env_steps)
+        if len(seen) == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    with pytest.raises(KeyboardInterrupt, match=f"jrl resume {out}"):
+        sweep.run(
+            fake, env=ENV, grid={"learning_rate": [0.1, 0.2]}, seeds=3, env_steps=STEPS, eval_episodes=4, out=out,
+            progress="none", devices=jax.devices()[:1],
+        )  # fmt: skip
+    assert len(seen) < 20
+    assert records.read_summary(out)["interrupted"]
+    resumed = sweep.resume(
+        out, algorithm=fake, env=ENV, devices=jax.devices()[:3], progress="none", figures=False
+    )
+    assert bits(resumed) == bits(reference)
+    assert [row["env_steps"] for row in records.read_metrics(out)] == [
+        row["env_steps"] for row in records.read_metrics(reference.out)
+    ]
+    again = sweep.resume(
+        out, algorithm=fake, env=ENV, progress="none", figures=False, devices=jax.devices()[:1]
+    )
+    assert bits(again) == bits(reference)
+
+
+PPO = ["--num-envs", "2", "--unroll-length", "8", "--num-minibatches", "2", "--num-epochs", "1"]
+PPO += ["--hidden-sizes", "4", "--env", "CartPole-v1", "--grid", "learning_rate=1e-3,1e-2", "--seeds", "2"]
+PPO += ["--env-steps", str(16 * 600), "--eval-episodes", "2"]
+
+
+def start(*args, devices):
+    command = [sys.executable, "-m", "jrl", *map(str, args), "--progress", "none"]
+    environ = fake.environ() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+
+
+def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "sweep"
+    args = ["sweep", "ppo", *PPO, "--devices", 2]
+    process = start(*args, "--out", whole, devices=2)
+    assert process.wait(300) == 0
+    args += ["--out", out, "--checkpoint-seconds", 0.01, "--resume"]
+    for _ in range(2):  # the very same command again, as a scheduler would give it
+        before = checkpoint.latest_step(out / "checkpoints") or 0
+        process = start(*args, devices=2)
+        deadline = time.monotonic() + 240
+        while (checkpoint.latest_step(out / "checkpoints") or 0) <= before:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(np.random.default_rng().uniform(0, 0.1))
+        process.kill()
+        process.wait()
+    assert 0 < checkpoint.latest_step(out / "checkpoints")
+    process = start("resume", out, devices=2)
+    assert process.wait(300) == 0
+    assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
+    for member in range(4):
+        one, other = (sweep.load(folder, member) for folder in (whole, out))
+        assert one.hparams == other.hparams
+        assert arrays(one.state) == arrays(other.state)
+    returns = tables.read(out).columns["episode_return_mean"]
+    assert driver.evaluate(out, member=3, num_episodes=2)["episode_return_mean"] == returns[3]
+    assert {path.name for path in whole.glob("*.png")} == {path.name for path in out.glob("*.png")} != set()
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"grid": {"learnig_rate": [1.0]}}, "no hyperparameter 'learnig_rate'. Nearest: learning_rate"),
+        ({"grid": {"num_envs": [1, 2]}}, "num_envs is a static choice"),
+        ({"grid": {"learning_rate": []}}, "a grid needs one or more values"),
+        ({"random": {"learning_rate": sweep.uniform(0, 1)}}, "num_random=0 and random="),
+        (
+            {"random": {"learning_rate": sweep.uniform(0, 1)}, "num_random": 2},
+            "learning_rate is in the grid and in the random search",
+        ),
+        ({"seeds": 0}, "a sweep needs at least one seed"),
+        ({"seeds": [1, 1]}, "must be different whole numbers"),
+        ({"env_steps": 0}, "env_steps=0: must be a whole number of at least 1"),
+        ({"width": 0}, "width=0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"env": None}, "env=None: a sweep needs the environment"),
+        ({"config": {"warmup": 1000}}, "the warm-up alone takes 1000"),
+        (
+            {"hparams": fake.HParams(learning_rate=jnp.ones(2)), "grid": None},
+            "learning_rate has a leading axis and the others have none",
+        ),
+        (
+            {"halving": sweep.Halving(), "chunk": 2},
+            "halving: 6 members do not fit into memory at once, only 2",
+        ),
+    ],
+)
+def test_what_a_sweep_refuses(changes, text, tmp_path):
+    out = tmp_path / "sweep"
+    with pytest.raises(ValueError, match=text):
+        run(out, **changes)
+    assert not (out / "sweep.json").exists()  # free for the corrected command
+
+
+def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
+    with pytest.raises(RunError, match="already holds a sweep"):
+        run(reference.out)
+    with pytest.raises(
+        RunError, match=r"its learning_rate is \[0.1, 0.1, .* this command's \[0.1, 0.1, 0.1, 0.3"
+    ):
+        run(reference.out, resume=True, grid={"learning_rate": [0.1, 0.3]})
+    with pytest.raises(RunError, match="its seeds is"):
+        run(reference.out, resume=True, seeds=[0, 1, 5])
+    assert bits(run(reference.out, resume=True)) == bits(reference)
+
+
+def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):
+    out, save, calls = tmp_path / "sweep", checkpoint.save, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    with pytest.raises(
+        RunError, match=f"No space left on device.*before is intact; make room, then.*resume {out}"
+    ):
+        run(out, chunk=2)
+    monkeypatch.undo()
+    resumed = sweep.resume(
+        out, algorithm=fake, env=ENV, devices=jax.devices()[:1], progress="none", figures=False
+    )
+    assert bits(resumed) == bits(run())
+
+
+def test_memory_is_planned_and_bounds_the_members_held(monkeypatch):
+    single = sweep.plan(
+        fake, env=ENV, env_steps=STEPS, measure=False, devices=jax.devices()[:1], config={"sizes": (4096,)}
+    )
+    assert 4 * 4096 < single.bytes_per_member < 5 * 4096
+    many = run(config={"sizes": (4096,)}).plan
+    assert 6 * many.bytes_per_member < many.bytes_total
+    limit = int(0.6 * many.bytes_total)
+    monkeypatch.setattr("jrl.sweep.planning.available_bytes", lambda devices: limit)
+    chunked = run(config={"sizes": (4096,)})
+    assert chunked.plan.num_chunks > 1 and chunked.plan.bytes_total <= limit
+    monkeypatch.setattr("jrl.sweep.planning.available_bytes", lambda devices: 1000)
+    with pytest.raises(RunError, match=r"one member takes .* KiB and 1000 B may be used"):
+        run(config={"sizes": (4096,)})
+
+
+def test_a_plan_predicts_without_running():
+    plan = sweep.plan(fake, env=ENV, env_steps=STEPS, seeds=5, devices=jax.devices()[:2])
+    assert (plan.members, plan.devices, plan.num_chunks, plan.env_steps) == (5, 2, 1, 5 * STEPS)
+    assert plan.seconds > 0
+    for words in ("5 on 2 devices", "1 of 5 members", "may be used", "predicted"):
+        assert words in str(plan)
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+@pytest.fixture
+def _environment(monkeypatch, tmp_path):
+    """Keep what the command sets in the environment, and the folder it works in, to the test."""
+    for name in (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "NPROC",
+        "XLA_FLAGS",
+    ):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(configuration.ALGORITHMS, "fake", "fake_algorithm")
+    monkeypatch.setattr("jrl.sweep.command.Options.env", "Fake-v0", raising=False)
+    monkeypatch.setattr(
+        "jrl.envs.make", lambda env, **kwargs: ENV if env in ("Fake-v0", ENV) else jrl.make(env)
+    )
+
+
+@pytest.mark.usefixtures("_environment")
+def test_the_command(capsys, tmp_path):
+    args = ["fake", "--env", "Fake-v0", "--env-steps", str(STEPS), "--seeds", "3", "--eval-episodes", "4"]
+    args += ["--grid", "learning_rate=0.1,0.2", "--devices", "2"]
+    assert cli.main(["plan", *args]) == 0
+    assert "6 on 2 devices" in capsys.readouterr().out
+    assert cli.main(["sweep", *args, "--out", "sweep", "--progress", "lines"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "members        6 on 2",
+        "0/6 done, best",
+        "2 settings, 6 members",
+        "planned",
+        "sweep folder sweep",
+    ):
+        assert words in shown
+    assert (tmp_path / "sweep" / "learning_curves.png").exists()
+    assert cli.main(["resume", "sweep"]) == 0
+    assert cli.main(["compare", "sweep", "sweep"]) == 0
+    assert cli.main(["resume", "sweep", "--env-steps", "5"]) == 2
+    assert "a sweep cannot be extended" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_environment")
+def test_static_fields_are_swept_in_groups(capsys, tmp_path):
+    args = [
+        "sweep",
+        "fake",
+        "--env",
+        "Fake-v0",
+        "--env-steps",
+        str(STEPS),
+        "--eval-episodes",
+        "2",
+        "--out",
+        "groups",
+    ]
+    assert cli.main([*args, "--static-grid", "num_envs=1,2", "--seeds", "2", "--progress", "none"]) == 0
+    read = {name: records.read_sweep(tmp_path / "groups" / name) for name in ("num_envs=1", "num_envs=2")}
+    assert [record["config"]["num_envs"] for record in read.values()] == [1, 2]
+    assert capsys.readouterr().out.count("num_envs=") >= 2
+
+
+@pytest.mark.usefixtures("_environment")
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--grid", "learnig_rate=1"], "no hyperparameter 'learnig_rate'. Nearest: learning_rate"),
+        (["--grid", "learning_rate=a"], "--grid learning_rate=a: 'a' is not a number"),
+        (["--grid", "learning_rate="], "--grid learning_rate=: expected NAME=VALUE"),
+        (["--random", "2", "--space", "learning_rate=uniform:2:1"], "uniform(low=2, high=1): low must be below high"),
+        (["--static-grid", "num_env=1"], "--static-grid num_env: Config has no such field. Nearest: num_envs"),
+        (["--devices", "99"], "--devices 99: there are"),
+        (["--width", "x"], "--width x: expected a number, all or auto"),
+    ],
+)  # fmt: skip
+def test_what_the_command_refuses(capsys, flags, text):
+    assert cli.main(["sweep", "fake", "--env", "Fake-v0", *flags]) == 2
+    assert text in capsys.readouterr().err
