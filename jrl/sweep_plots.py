@@ -655,8 +655,8 @@ def _check_swept(function: str, table: Table, name: str) -> None:
 def _check_curves(table: Table, of: str = "") -> None:
     if not np.isfinite(table.curves).any():
         raise ValueError(
-            f"nothing to plot: in none of the {len(table)} members{of} an episode has ended. A curve needs at "
-            "least one; train for longer."
+            f"nothing to plot: no member{of} has had an episode end, of {len(table)}. A curve needs at least one; "
+            "train for longer."
         )
 
 
@@ -664,7 +664,7 @@ def _returns(function: str, table: Table) -> np.ndarray:
     returns = table.final_returns
     if not np.isfinite(returns).any():
         raise ValueError(
-            f"{function}: none of the {len(table)} members has a final return, neither of an evaluation nor of "
+            f"{function}: no member of {len(table)} has a final return, neither of an evaluation nor of "
             "training. Train for longer, or look at why they were frozen."
         )
     return returns

@@ -87,8 +87,8 @@ def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | N
         scores.append(table.final_returns[np.isfinite(table.final_returns)])
         if not scores[-1].size:
             raise ValueError(
-                f"none of the {_plural(len(table), 'member')} of {label} has a final return, neither of an "
-                "evaluation nor of training: there is nothing to compare."
+                f"{label}: no member of {len(table)} has a final return, neither of an evaluation nor of "
+                "training. There is nothing to compare; train for longer, or look at why they were frozen."
             )
     target = float(max(s.max() for s in scores)) if target is None else target
     heads = ("IQM", "median", "mean", f"gap to {number(target)}", "better than\nthe first")

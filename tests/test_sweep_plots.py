@@ -372,11 +372,11 @@ def test_random_values_get_no_heat_map_and_members_without_returns_no_sensitivit
             lambda t: sweep_plots.sensitivity(
                 dataclasses.replace(t, columns=t.columns | {"episode_return_mean": [math.nan] * 2}), "a"
             ),
-            "sensitivity: none of the 2 members has a final return",
+            "sensitivity: no member of 2 has a final return",
         ),
         (
             lambda t: sweep_plots.learning_curves(dataclasses.replace(t, curves=np.full((2, 3), math.nan))),
-            "nothing to plot: in none of the 2 members an episode has ended",
+            "nothing to plot: no member has had an episode end, of 2",
         ),
     ],
 )

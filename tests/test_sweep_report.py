@@ -110,6 +110,6 @@ def test_wide_numbers_break_their_intervals_and_single_runs_have_none():
 def test_a_table_without_returns_is_named():
     table = make_table(seeds=2, frozen=[0, 1])
     nothing = dataclasses.replace(table, columns=table.columns | {"train_return": [math.nan] * 2})
-    with pytest.raises(ValueError, match="none of the 2 members of b has a final return"):
+    with pytest.raises(ValueError, match="b: no member of 2 has a final return"):
         sweep_report.compare([make_table(seeds=2), nothing], ["a", "b"])
     assert printed(sweep_report.render(nothing))[3].split() == ["2", "–", "–", "2"]
