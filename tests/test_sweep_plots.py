@@ -41,7 +41,7 @@ def assert_legible(figure):
             low, high = sorted(axis.get_view_interval())
             places = [v for v in axis.get_majorticklocs() if low <= v <= high]
             boxes = [
-                text.get_window_extent(renderer)
+                text.get_window_extent(renderer).expanded(1.0 + 0.1 * (axis is axes.xaxis), 1.0)
                 for text, place in zip(ticks, axis.get_majorticklocs(), strict=False)
                 if place in places and text.get_visible() and text.get_rotation() == 0
             ]
@@ -93,6 +93,8 @@ def test_one_member_and_one_group():
     figure = sweep_plots.learning_curves(make_table(seeds=1))
     assert legend(figure) == ["one member", "final evaluation"]
     assert not figure.axes[0].collections  # a single run has no interval
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().x0 < 0.1  # no mark that is not there takes room
     figure = sweep_plots.learning_curves(make_table(seeds=2, evaluated=False), title="both")
     assert legend(figure) == ["2 members"]
     assert len(figure.axes[0].collections) == 1
@@ -135,6 +137,8 @@ def test_many_groups_of_several_values_leave_the_best_in_colour():
     assert legend(figure)[3] == "13 others"
     assert_legible(figure)
     by = sweep_plots.learning_curves(table, "c")
+    assert "\n" in legend(figure)[0]
+    assert_legible(by)
     assert legend(by)[:2] == ["c=0", "c=1"]
     assert len(lines(by.axes[0])) == 2
     six = sweep_plots.learning_curves(table, by=["a.very.long.name_of_a_value", "c"])
@@ -186,6 +190,20 @@ def test_sensitivity_averages_over_the_other_values_and_shows_their_best():
     np.testing.assert_allclose(best.get_ydata(), groups)
     assert legend(figure)[0] == "IQM over seeds and the other values"
     assert_legible(figure)
+    close = make_table({"gamma": [0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0]}, seeds=2, points=3)
+    assert_legible(sweep_plots.sensitivity(close, "gamma"))  # not a tick for each value
+
+
+def test_hundreds_of_members_a_value_stay_faint():
+    table = make_table({"a": [1.0, 2.0]}, seeds=256, points=3)
+    table.columns["episode_return_mean"][:2] = [-900.0, 900.0]
+    figure = sweep_plots.sensitivity(table, "a")
+    low, high = figure.axes[0].get_ylim()
+    assert low < -900.0 < 900.0 < high  # those far from the mean are on the axes too
+    (dots,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "single members"]
+    assert dots.get_alpha() < 0.1
+    shown = figure.axes[0].get_legend().legend_handles[1]
+    assert shown.get_alpha() == 0.4
 
 
 def test_sensitivity_of_many_values_of_random_values_and_of_zero():
@@ -267,6 +285,9 @@ def test_a_large_heat_map_has_colours_only():
     assert not figure.axes[0].texts
     assert len(figure.axes[0].get_xticks()) <= 9
     assert_legible(figure)
+    wide = sweep_plots.heat_map(make_table({"a": LOG64[:24], "b": [1.0, 2.0]}, seeds=1, points=2), "a", "b")
+    assert len(wide.axes[0].texts) == 48
+    assert_legible(wide)
     small = sweep_plots.heat_map(make_table({"a": [1.0], "b": [2.0]}, seeds=2, points=2), "a", "b")
     assert_legible(small)
 
@@ -326,6 +347,7 @@ def test_curves_of_several_tables():
     assert len(lines(figure.axes[0])) == 3
     assert len(figure.axes[0].collections) == 2
     assert legend(figure)[:2] == ["runs/ppo (8, 2 frozen)", "dqn (5)"]
+    assert legend(figure)[3] == "frozen member"
     assert_legible(figure)
 
 
