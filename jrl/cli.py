@@ -357,7 +357,9 @@ def compare(args: Sequence[str]) -> int:
 
 def _warn_of_other_measures(read: Sequence[Any], paths: Sequence[Path]) -> None:
     """Say where returns are not of the same kind, so that their difference means something else."""
-    without = [str(path) for table, path in zip(read, paths, strict=True) if not table.evaluated]
+    without = [
+        str(path) for table, path in zip(read, paths, strict=True) if table.num_scored and not table.evaluated
+    ]
     if 0 < len(without) < len(read):
         warnings.warn(
             f"{', '.join(without)} has no final evaluation: its training return is compared with the evaluation "

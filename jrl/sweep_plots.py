@@ -118,8 +118,11 @@ def sensitivity(
     # Beside the bar of their value, not behind it.
     aside = 0 if alone or neighbours or dense else 7 / 72
     beside = axes.transData + transforms.ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+    faint = float(
+        np.clip(16 * len(values) / len(x), 0.06, 0.4)
+    )  # hundreds on one another are a bar otherwise
     axes.plot(
-        x[known], returns[known], "o", color=COLOURS[0], ms=4, alpha=0.4, mew=0, label="single members",
+        x[known], returns[known], "o", color=COLOURS[0], ms=4, alpha=faint, mew=0, label="single members",
         zorder=1, transform=beside,
     )  # fmt: skip
     axes.update_datalim(np.stack([x[known], returns[known]], -1))  # a shifted line is not counted by itself
@@ -271,7 +274,7 @@ def performance_profile(
     axes.set_title(
         title if title is not None else "performance profile, band: 95 % interval", loc="left", fontsize=10
     )
-    _legend_below(figure, len(tables))
+    _legend_below(figure)
     save(figure, out)
     return figure
 
@@ -367,7 +370,7 @@ def compared_curves(
     over_env_steps(axes)
     plain(axes)
     axes.set_title(title if title is not None else _over(tables), loc="left", fontsize=10)
-    _legend_below(figure, len(tables))
+    _legend_below(figure, marked=any(table.num_frozen for table in tables))
     save(figure, out)
     return figure
 
@@ -510,7 +513,7 @@ def _legend(axes: Any, table: Table, *, outside: bool, evaluated: bool) -> None:
         handles.append(Line2D([], [], color="0.4", marker="D", ls="", markeredgecolor="white", ms=8))
         labels.append("final evaluation")
     if table.num_frozen:
-        handles.append(Line2D([], [], color=FROZEN, marker="X", ls="", markeredgecolor="white", ms=8))
+        handles.append(_cross())
         labels.append(f"frozen ({table.num_frozen} of {len(table)} members)")
     _place_legend(axes, handles, labels, outside=outside)
 
@@ -519,14 +522,28 @@ def _place_legend(axes: Any, handles: Any, labels: list[str], *, outside: bool) 
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("IQM"))  # the main line first
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
     if outside:
-        axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+        placed = axes.legend(
+            handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False
+        )
     else:
-        axes.legend(handles, labels, loc="best", fontsize=8, framealpha=0.85, edgecolor="none")
+        placed = axes.legend(handles, labels, loc="best", fontsize=8, framealpha=0.85, edgecolor="none")
+    for handle in placed.legend_handles:
+        if handle.get_alpha() is not None:  # what is faint because it is many is one here
+            handle.set_alpha(max(handle.get_alpha(), 0.4))
 
 
-def _legend_below(figure: Figure, lines: int) -> None:
+def _cross() -> Line2D:
+    return Line2D([], [], color=FROZEN, marker="X", ls="", markeredgecolor="white", ms=8)
+
+
+def _legend_below(figure: Figure, *, marked: bool = False) -> None:
     """Bands may fill the axes: there is no room for a legend within."""
-    figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=1 if lines <= SINGLE else 2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if marked:
+        handles.append(_cross())
+        labels.append("frozen member")
+    columns = 1 if len(labels) <= SINGLE else 2
+    figure.legend(handles, labels, loc="outside lower left", fontsize=8, frameon=False, ncols=columns)
 
 
 # -------------------------------------------------------------------------------------------------- parts
@@ -655,8 +672,8 @@ def _check_swept(function: str, table: Table, name: str) -> None:
 def _check_curves(table: Table, of: str = "") -> None:
     if not np.isfinite(table.curves).any():
         raise ValueError(
-            f"nothing to plot: in none of the {len(table)} members{of} an episode has ended. A curve needs at "
-            "least one; train for longer."
+            f"nothing to plot: no member{of} has had an episode end, of {len(table)}. A curve needs at least one; "
+            "train for longer."
         )
 
 
@@ -664,7 +681,7 @@ def _returns(function: str, table: Table) -> np.ndarray:
     returns = table.final_returns
     if not np.isfinite(returns).any():
         raise ValueError(
-            f"{function}: none of the {len(table)} members has a final return, neither of an evaluation nor of "
+            f"{function}: no member of {len(table)} has a final return, neither of an evaluation nor of "
             "training. Train for longer, or look at why they were frozen."
         )
     return returns

@@ -47,29 +47,28 @@ def render(table: Table) -> Any:
     groups = table.groups()
     scores = [part.final_returns[np.isfinite(part.final_returns)] for _, part in groups]
     iqm = np.array([statistics.interquartile_mean(s) if s.size else -np.inf for s in scores])
-    order = np.argsort(-iqm, kind="stable").tolist()
-    numbers = [_numbers(part, known) for (_, part), known in zip(groups, scores, strict=True)]
+    best = np.argsort(-iqm, kind="stable")[:_LINES].tolist()
+    numbers = [_numbers(groups[index][1], scores[index]) for index in best]
     heads = ("seeds", "return, IQM [95 %]", "worst", "frozen")
     taken = sum(_widest(column) + _GAP for column in zip(heads, *numbers, strict=True))
-    settings = _settings([values for values, _ in groups], WIDTH - taken)
+    settings = _settings([groups[index][0] for index in best], WIDTH - taken)
     names = _headers(settings, WIDTH - taken)
-    shown, lines = [], max((name.count("\n") for name in names), default=0)
-    for index in order:
-        lines += max((cell.count("\n") + 1 for cell in settings[index].values()), default=1)
-        if lines > _LINES:
-            break
-        shown.append(index)
+    shown, lines = 0, max((name.count("\n") for name in names), default=0)
+    for row in settings:
+        lines += max((cell.count("\n") + 1 for cell in row.values()), default=1)
+        shown += lines <= _LINES
 
     what = "final evaluation" if table.evaluated else "last 10 % of training"
-    result = _rich_table(f"{_plural(len(groups), 'setting')}, {_plural(len(table), 'member')}: {what}")
+    title = f"{_plural(len(groups), 'setting')}, {_plural(len(table), 'member')}: {what}"
+    result = _rich_table()
     for name in names:
         result.add_column(name, justify="left" if name == _MERGED else "right", no_wrap=True)
     for name in heads:
         result.add_column(escape(name), justify="right", no_wrap=True)
-    for index in shown:
-        result.add_row(*settings[index].values(), *map(escape, numbers[index]))
-    notes = (escape(note) for note in _notes(table, len(groups) - len(shown)))
-    return Group(result, *notes)
+    for row, cells in list(zip(settings, numbers, strict=True))[:shown]:
+        result.add_row(*row.values(), *map(escape, cells))
+    notes = (escape(note) for note in _notes(table, len(groups) - shown))
+    return Group(f"[bold]{title}[/bold]", result, *notes)
 
 
 def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | None = None) -> Any:
@@ -84,11 +83,12 @@ def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | N
         target: of the optimality gap; the best return of any member by default.
 
     Returns:
-        A ``rich.table.Table``.
+        What ``rich.print`` takes.
 
     Raises:
         ValueError: a table has no member with a final return.
     """
+    from rich.console import Group
     from rich.markup import escape
 
     scores = []
@@ -96,8 +96,8 @@ def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | N
         scores.append(table.final_returns[np.isfinite(table.final_returns)])
         if not scores[-1].size:
             raise ValueError(
-                f"none of the {_plural(len(table), 'member')} of {label} has a final return, neither of an "
-                "evaluation nor of training: there is nothing to compare."
+                f"{label}: no member of {len(table)} has a final return, neither of an evaluation nor of "
+                "training. There is nothing to compare; train for longer, or look at why they were frozen."
             )
     target = float(max(s.max() for s in scores)) if target is None else target
     heads = ("IQM", "median", "mean", f"gap to {number(target)}", "better than\nthe first")
@@ -119,7 +119,7 @@ def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | N
     texts = cells(", ")
     if _LABEL + sum(_widest(column) + _GAP for column in zip(heads, *texts, strict=True)) > WIDTH:
         texts = cells(",\n")
-    result = _rich_table("final return and its 95 % interval")
+    result = _rich_table()
     result.add_column("", overflow="fold", min_width=_LABEL)
     for name in heads:
         result.add_column(name, justify="right", no_wrap=True)
@@ -127,17 +127,14 @@ def compare(tables: Sequence[Table], labels: Sequence[str], *, target: float | N
         missing = len(table) - known.size
         members = _plural(len(table), "member") + (f"\n{missing} no return" if missing else "")
         result.add_row(f"{escape(label)}\n[dim]{members}[/dim]", *map(escape, row))
-    return result
+    return Group("[bold]final return and its 95 % interval[/bold]", result)
 
 
-def _rich_table(title: str) -> Any:
+def _rich_table() -> Any:
     from rich import box
     from rich.table import Table as RichTable
 
-    return RichTable(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-        show_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    return RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
 
 
 def _settings(groups: Sequence[dict[str, float]], room: int) -> list[dict[str, str]]:
@@ -151,11 +148,18 @@ def _settings(groups: Sequence[dict[str, float]], room: int) -> list[dict[str, s
 
 
 def _headers(settings: Sequence[dict[str, str]], room: int) -> list[str]:
-    """The names, as they are where there is room, and else in lines as wide as their cells."""
-    widths = {name: _widest([row[name] for row in settings]) for name in settings[0]}
-    if sum(max(len(name), width) + _GAP for name, width in widths.items()) <= room:
-        return list(widths)
-    return [_broken(name, width) for name, width in widths.items()]
+    """The names of the columns, in lines as wide as there is room for."""
+    if not settings[0]:
+        return []
+    cells = {name: [row[name] for row in settings] for name in settings[0]}
+    for longest in range(room, 0, -1):
+        names = [_broken(name, max(longest, _widest(cells[name]))) for name in cells]
+        taken = sum(
+            _widest([name, *column]) + _GAP for name, column in zip(names, cells.values(), strict=True)
+        )
+        if taken <= room:
+            break
+    return names
 
 
 def _broken(name: str, width: int) -> str:

@@ -139,6 +139,11 @@ class Table:
         return any(value is not None for value in self.columns["episode_return_mean"])
 
     @property
+    def num_scored(self) -> int:
+        """How many members have a final return."""
+        return int(np.isfinite(self.final_returns).sum())
+
+    @property
     def num_frozen(self) -> int:
         """How many members were frozen."""
         return self.columns["status"].count("frozen")
@@ -302,7 +307,7 @@ def best(table: Table) -> tuple[dict[str, float], Table]:
         if known.size:
             scored.append((statistics.interquartile_mean(known), values, part))
     if not scored:
-        raise ValueError(f"none of the {len(table)} members has a final return: there is no best setting.")
+        raise ValueError(f"no member of {len(table)} has a final return: there is no best setting.")
     _, values, part = max(scored, key=lambda item: item[0])
     return values, part
 

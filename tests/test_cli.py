@@ -11,8 +11,10 @@ import warnings
 import fake_algorithm as fake
 import jax
 import pytest
+from sweep_tables import make_table
+from test_plots import make_run
 
-from jrl import checkpoint, cli, configuration, driver, flags, records
+from jrl import checkpoint, cli, configuration, driver, flags, records, tables
 from jrl.algos import dqn, ppo
 
 ENV = ["--env", "CartPole-v1"]
@@ -146,6 +148,78 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     (out / "checkpoints" / "000000000006" / "metadata.json").write_text("no")
     assert cli.main(["eval", str(out), "--episodes", "2"]) == 0
     assert "warning: checkpoint" in capsys.readouterr().err
+
+
+def make_sweep(folder, *args, **kwargs):
+    folder.mkdir(parents=True)
+    make_table(*args, **kwargs).to_csv(folder / tables.TABLE)
+    return folder
+
+
+def finish(run, mean):
+    """Give a run folder the summary of a finished run."""
+    evaluation = {"episode_return_mean": mean, "episode_return_std": 0.0, "episode_return_min": mean}
+    evaluation |= {"episode_return_max": mean, "num_episodes": 100}
+    records.write_json(run / "summary.json", {"env_steps": 500_000, "evaluation": evaluation})
+    return run
+
+
+def test_compare_sweeps_and_runs(tmp_path, capsys):
+    ppo_sweep = make_sweep(tmp_path / "ppo", {"learning_rate": [1e-4, 1e-3, 1e-2]}, seeds=4, frozen=[9])
+    dqn_sweep = make_sweep(tmp_path / "dqn", seeds=6, best=400.0)
+    run = finish(make_run(tmp_path / "run"), 1234.0)
+    assert cli.main(["compare", str(ppo_sweep), str(dqn_sweep), str(run), "--out", "figures"]) == 0
+    printed, error = capsys.readouterr()
+    assert not error
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("12 members", "1 no return", "6 members", "1 member ", "gap to 1234", "better than"):
+        assert words in printed
+    assert next(line for line in lines if line.startswith("run")).split()[1:4] == ["1234"] * 3
+    names = ["performance_profile.png", "interval_estimates.png", "learning_curves.png"]
+    assert lines[-3:] == [os.path.join("figures", name) for name in names]
+    assert sorted(entry.name for entry in (tmp_path / "figures").iterdir()) == sorted(names)
+
+    # the best setting of each, and folders of the same name told apart by their paths
+    same = make_sweep(tmp_path / "other" / "dqn", seeds=2, best=300.0)
+    args = ["compare", str(ppo_sweep), "dqn", "other/dqn", "--best", "--target", "600"]
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    joined = "".join(line.split()[0] for line in printed.splitlines() if line[:1].strip())
+    for words in ("learning_rate=0.001", "other/dqn"):
+        assert words in joined, printed
+    assert "gap to 600" in printed
+    assert "4 members" in printed
+    assert not (tmp_path / "figures" / "same").exists()
+    assert same.exists()
+
+
+def test_compare_warns_of_returns_that_are_not_of_one_kind(tmp_path, capsys):
+    runs = [finish(make_run(tmp_path / env, env=env), 10.0) for env in ("CartPole-v1", "Acrobot-v1")]
+    sweep = make_sweep(tmp_path / "sweep", seeds=2, evaluated=False)
+    assert cli.main(["compare", *map(str, runs), str(sweep)]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: {sweep} has no final evaluation: its training return is compared" in error
+    assert "warning: the runs are of different environments (CartPole-v1, Acrobot-v1)" in error
+
+
+def test_compare_names_folders_that_it_cannot_use(tmp_path, capsys):
+    sweep = make_sweep(tmp_path / "sweep", seeds=2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "table.csv").write_text("a,b\n1,2\n")
+    unfinished = make_run(tmp_path / "unfinished", evaluation=None)
+    frozen = make_sweep(tmp_path / "frozen", seeds=1, frozen=[0], points=20)
+    for folder, message in (
+        ("nowhere", "nowhere is neither the folder of a sweep nor of a run: it is not a folder"),
+        ("empty", "empty is neither the folder of a sweep nor of a run: it has no table.csv and no run.json"),
+        ("foreign", "table.csv is not a table of a sweep: it has no column member"),
+        (unfinished, "is a run without summary.json: it has not come to its end"),
+        (frozen, "frozen: no member of 1 has a final return, neither"),
+    ):
+        assert message in fails(capsys, "compare", sweep, folder)
+    assert "jrl compare needs at least two folders" in fails(capsys, "compare", sweep)
+    assert "there is no best setting" in fails(capsys, "compare", sweep, frozen, "--best")
 
 
 def test_nan_has_its_own_exit_code(capsys):
