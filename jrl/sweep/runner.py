@@ -292,7 +292,7 @@ def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: An
         states = checkpoint.restore(checkpoints, like, number)["states"]
         index = held["order"].index(member)
         return RunResult(
-            state=jax.tree.map(lambda leaf: leaf[index], states),
+            state=program.gather(states, index),
             summary=records.read_summary(folder) or {},
             out=folder,
             interrupted=member not in held["ended"],
@@ -512,6 +512,7 @@ class _Sweep:
         if wrong := [name for name, metric in metrics.items() if metric.shape != ()]:
             raise RunError(f"metrics {', '.join(wrong)} are no scalars: algo.step must return shape ().")
         self.state_shape = state
+        self.latest: dict[str, np.ndarray] = {}  # metrics of each member in its last chunk
         for text in xla.diagnose():
             warnings.warn(text, RunWarning, stacklevel=4)
 
@@ -731,7 +732,9 @@ class _Sweep:
         self.results.history[row, whom[ended]] = report.summary["episode_return"][ended]
         for i in np.flatnonzero(was_running & ~running):
             self.results.failed_at[whom[i]] = report.failed_at[i]
-            self.results.reasons[int(whom[i])] = _reason(report, int(i))
+            self.results.reasons[int(whom[i])] = _reason(report, int(i), self.latest, int(whom[i]))
+        for name, values in report.summary.items():
+            self.latest.setdefault(name, np.full(self.num, np.nan))[whom] = values
         if not running.any():
             self.show.message(f"all members in progress have failed by env step {before * per_step:,}")
         return int(was_running.sum()) * num_steps * per_step
@@ -962,13 +965,16 @@ def _gather(layout: Layout) -> Callable[[Any, np.ndarray], Any]:
     return jax.jit(program.gather, out_shardings=program.sharding(layout.mesh), donate_argnums=0)
 
 
-def _reason(report: program.Report, i: int) -> str:
-    """Say what was not finite, and what it was one step before."""
+def _reason(report: program.Report, i: int, latest: Mapping[str, np.ndarray], member: int) -> str:
+    """Say what was not finite, and what it was before: one step, or on average in the chunk before."""
     parts = []
     for name, values in sorted(report.at_failure.items(), key=lambda item: "loss" not in item[0]):
-        if not np.isfinite(values[i]):
-            before = report.before_failure[name][i]
-            parts.append(f"{name} {values[i]:g}" + (f" after {before:.4g}" if np.isfinite(before) else ""))
+        if np.isfinite(values[i]):
+            continue
+        before = report.before_failure[name][i]
+        if not np.isfinite(before) and name in latest:
+            before = latest[name][member]
+        parts.append(f"{name} {values[i]:g}" + (f" after {before:.4g}" if np.isfinite(before) else ""))
     return ", ".join(parts[:3]) or "a parameter is not finite"
 
 

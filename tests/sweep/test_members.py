@@ -36,7 +36,7 @@ def test_a_grid_reaches_into_the_parameters_of_the_environment():
     ("values", "text"),
     [
         ({"learnig_rate": [1.0]}, "there is no hyperparameter 'learnig_rate'. Nearest: learning_rate"),
-        ({"num_envs": [4, 8]}, r"num_envs is a static choice .* static_grid=\{'num_envs': \[...\]\} \(--static-grid num_envs"),
+        ({"num_envs": [4, 8]}, r"num_envs is a static choice .* \(--static-grid num_envs"),
         ({"gamma": []}, r"gamma=\[\]: a grid needs one or more values"),
         ({"gamma": ["high"]}, r"gamma=\['high'\]: expected one or more numbers"),
         ({"gamma": [float("nan")]}, "nan is no value to sweep over"),
@@ -63,7 +63,8 @@ def test_random_draws_follow_their_distributions_and_their_names():
         clip_eps=sweep.choice(0.1, 0.3), entropy_coef=sweep.normal(1.0, 0.5),
     )  # fmt: skip
     logs = np.log10(hparams.learning_rate)
-    assert logs.min() >= -5 and logs.max() <= -1
+    assert logs.min() >= -5
+    assert logs.max() <= -1
     np.testing.assert_allclose(np.histogram(logs, 4, (-5, -1))[0] / n, 0.25, atol=0.03)
     np.testing.assert_allclose(np.mean(hparams.gamma), 0.95, atol=0.002)
     assert set(np.asarray(hparams.clip_eps).tolist()) == {np.float32(0.1), np.float32(0.3)}

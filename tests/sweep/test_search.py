@@ -1,5 +1,7 @@
 """Successive halving and population-based training, as pure functions."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_rungs_keep_a_share_at_a_share_of_the_steps():
     assert search.Halving(eta=4).rungs(1, 100) == []
     # the work of 27 settings, four rungs: 100 x 27 + 200 x 9 + 600 x 3 + 1800 x 1, 11 % of all to the end
     rungs = [(0, 27), *search.Halving(eta=3).rungs(27, 2700), (2700, 0)]
-    work = sum((later - at) * kept for (at, kept), (later, _) in zip(rungs, rungs[1:], strict=False))
+    work = sum((later - at) * kept for (at, kept), (later, _) in itertools.pairwise(rungs))
     assert work == 8100
 
 
