@@ -1,4 +1,4 @@
-"""jrl's side: one run, or members vmapped, or members sharded over CPU devices."""
+"""jrl's side: one run, or members as a sweep computes them, over one or several CPU devices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from peers.protocol import Training, compile_program
 def training(algorithm: str, work: Any, source: Path | None) -> Training:
     import jax
     import numpy as np
-    from jax.sharding import Mesh, PartitionSpec
 
     import jrl
+    from jrl import sweep
+    from jrl.sweep import batching, planning, program
 
     devices = jax.devices()[: work.devices]
     if len(devices) < work.devices:
@@ -30,13 +31,11 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
         key = jax.random.key(seed)
         return key if work.seeds == 1 else jax.random.split(key, work.seeds)
 
-    whole = train if work.seeds == 1 else jax.vmap(train, in_axes=(0, None))
-    if work.devices > 1:
-        # Members share nothing, so that no device waits for another.
-        mesh, members = Mesh(np.array(devices), "members"), PartitionSpec("members")
-        whole = jax.shard_map(
-            whole, mesh=mesh, in_specs=(members, PartitionSpec()), out_specs=members, check_vma=False
-        )
+    whole = train
+    if work.seeds > 1:
+        mesh = program.mesh(devices)
+        hparams = sweep.broadcast(hparams, work.seeds)
+        whole = program.sharded(batching.over_members(train, planning.choose_width("auto", devices)), mesh)
     compiled, facts = compile_program(jax.jit(whole), prepare(0), hparams)
 
     def returns(result: Any, seed: int) -> dict[str, float | None]:

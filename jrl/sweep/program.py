@@ -66,7 +66,7 @@ def init(algo: Algorithm, on: Mesh, width: int | None) -> Callable[[Array, PyTre
     def member(seed: Array, hparams: PyTree) -> Any:
         return algo.init(members.key_of(seed, members.INIT), hparams)
 
-    return jax.jit(_sharded(batching.over_members(member, width), on))
+    return jax.jit(sharded(batching.over_members(member, width), on))
 
 
 def chunk(algo: Algorithm, on: Mesh, width: int | None, length: int) -> Callable[..., Any]:
@@ -90,7 +90,7 @@ def chunk(algo: Algorithm, on: Mesh, width: int | None, length: int) -> Callable
 
         return batching.update_members(member, width)((states, failed_at), hparams, num_groups=num_groups)
 
-    return jax.jit(_sharded(advance, on, num_replicated=3), donate_argnums=(0, 1))
+    return jax.jit(sharded(advance, on, num_replicated=3), donate_argnums=(0, 1))
 
 
 def evaluate(
@@ -119,7 +119,7 @@ def evaluate(
             jnp.sum(~stats.completed),
         )
 
-    return jax.jit(_sharded(batching.over_members(member, width), on))
+    return jax.jit(sharded(batching.over_members(member, width), on))
 
 
 def gather(states: PyTree, index: Array) -> PyTree:
@@ -127,7 +127,7 @@ def gather(states: PyTree, index: Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], states)
 
 
-def _sharded(function: Callable[..., Any], on: Mesh, num_replicated: int = 0) -> Callable[..., Any]:
+def sharded(function: Callable[..., Any], on: Mesh, num_replicated: int = 0) -> Callable[..., Any]:
     """Apply ``function`` to each device's own members; its last ``num_replicated`` arguments are for all."""
 
     def mapped(*arguments: Any) -> Any:
