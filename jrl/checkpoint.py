@@ -55,7 +55,10 @@ def snapshot(state: PyTree) -> Snapshot:
         if _is_key(leaf):
             description["key_impl"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
-        arrays[path] = np.array(leaf)  # a copy: np.asarray would alias a buffer that is donated later
+        # A copy: np.asarray would alias a buffer that is donated later. What other processes hold a part of
+        # stays where it is: each writes its own.
+        shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        arrays[path] = leaf if shared else np.array(leaf)
         leaves.append({"path": path, **description})
     return Snapshot(arrays, leaves)
 
@@ -69,6 +72,9 @@ def save(
     keep: int | None = 3,
 ) -> Path:
     """Write ``state`` as the checkpoint ``step`` of ``folder``, atomically and synchronously.
+
+    Where several processes run together (``jax.distributed``) all of them call this, with a folder that all of them
+    see: each writes the parts of the arrays that it holds, and the first one completes the checkpoint.
 
     Args:
         folder: made if it does not exist; one process at a time may write to it.
@@ -90,37 +96,50 @@ def save(
         raise ValueError(f"keep={keep}: at least one checkpoint must stay; pass keep=None to keep all.")
     held = state if isinstance(state, Snapshot) else snapshot(state)
     folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-
-    unfinished = folder / f".saving-{step}-{os.getpid()}"
-    unfinished.mkdir()
+    first = jax.process_index() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    unfinished = folder / f".saving-{step}-{os.getpid() if jax.process_count() == 1 else 'all'}"
+    if first:
+        unfinished.mkdir()
+    _wait_for_all("made")
     # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
     arrays = {path: array for path, array in held.arrays.items() if array.size}
     if arrays:
         with _quiet_orbax() as checkpointer:
             checkpointer.save(unfinished / _ARRAYS, arrays)
-    record = {
-        "format": FORMAT,
-        "step": step,
-        "metadata": metadata or {},
-        "leaves": held.leaves,
-        "files": _checksums(unfinished),
-    }
-    write_json(unfinished / _METADATA, record)
-    for file in _files(unfinished):
-        _flush(file)
-
+    _wait_for_all("written")
     final = _path(folder, step)
-    if final.exists():
-        _discard(final)
-    unfinished.rename(final)
-    _flush(folder)
-    if keep is not None:
-        for old in steps(folder)[:-keep]:
-            if old != step:
-                _discard(_path(folder, old))
+    if first:
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "metadata": metadata or {},
+            "leaves": held.leaves,
+            "files": _checksums(unfinished),
+        }
+        write_json(unfinished / _METADATA, record)
+        for file in _files(unfinished):
+            _flush(file)
+        if final.exists():
+            _discard(final)
+        unfinished.rename(final)
+        _flush(folder)
+        if keep is not None:
+            for old in steps(folder)[:-keep]:
+                if old != step:
+                    _discard(_path(folder, old))
+    _wait_for_all("complete")
     return final
+
+
+def _wait_for_all(what: str) -> None:
+    """Wait until every process is here, where there are several (``jax.distributed``)."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"checkpoint {what}")
 
 
 def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) -> PyTree:

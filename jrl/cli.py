@@ -58,7 +58,7 @@ usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of input become one line on standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
-    xla.configure(os.environ, num_devices=_cpu_devices(args))
+    _configure_devices(args, os.environ)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # γ and ± must not end a run on an ASCII terminal
@@ -104,17 +104,19 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-def _cpu_devices(args: Sequence[str]) -> int | None:
-    """Return how many devices a CPU is to present: for a sweep one a core, unless ``--devices`` says otherwise."""
-    if not args or args[0] not in ("sweep", "plan", "resume") or "--help" in args:
-        return None
-    if args[0] == "resume" and not any((Path(arg) / records.SWEEP).exists() for arg in args[1:]):
-        return None
+def _configure_devices(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
+    """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise."""
+    sweeps = bool(args) and args[0] in ("sweep", "plan")
+    sweeps |= bool(args) and args[0] == "resume" and any((Path(arg) / records.SWEEP).exists() for arg in args[1:])
+    if not sweeps:
+        xla.configure(environ)
+        return
+    num_devices = 1 if "--distributed" in args else xla.cores()
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, _, joined = flag.partition("=")
         if name == "--devices" and (text := joined or value).isdecimal() and int(text) > 0:
-            return int(text)
-    return xla.cores()
+            num_devices = int(text)
+    xla.configure(environ, num_devices=num_devices, vmapped=False)
 
 
 def _complain(text: str, code: int = 2) -> int:

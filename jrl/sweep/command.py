@@ -45,13 +45,22 @@ class Options:
     eval_episodes: int = 100
     """Episodes of each member's final evaluation; 0 leaves it out."""
     devices: int = 0
-    """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU as a device of its own."""
+    """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU."""
     width: str = "auto"
     """Members side by side on a device: a number, all, or auto (1 on a CPU, all on an accelerator)."""
     chunk: int | None = None
     """Members in memory at once; by default as many as fit."""
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints."""
+    distributed: bool = False
+    """This is one of several processes, perhaps on other hosts; all are started with the same command. What the
+    three flags below leave out is found from SLURM, Open MPI or Kubernetes."""
+    coordinator: str | None = None
+    """With distributed: HOST:PORT where the first process listens."""
+    num_processes: int | None = None
+    """With distributed: how many there are."""
+    process_id: int | None = None
+    """With distributed: which one this is, counted from 0."""
     overwrite: bool = False
     """Replace a sweep that is already in the folder."""
     resume: bool = False
@@ -63,7 +72,7 @@ class Options:
 def sweep(algorithm: str, args: Sequence[str], free_folder: Any) -> int:
     """``jrl sweep ALGORITHM --env ID ...``."""
     options, settings = _parse("sweep", algorithm, args)
-    from jrl.sweep import runner
+    from jrl.sweep import processes, runner
 
     out = options.out or free_folder(f"{options.env}-{algorithm}-sweep")
     settings |= {"overwrite": options.overwrite, "resume": options.resume}
@@ -78,6 +87,8 @@ def sweep(algorithm: str, args: Sequence[str], free_folder: Any) -> int:
         found.append((fields, finished))
         if interrupted:
             break
+    if not processes.is_first():
+        return 130 if interrupted else 0
     for fields, finished in found:
         _report(fields, finished)
     if interrupted:
@@ -112,9 +123,12 @@ def plan(algorithm: str, args: Sequence[str]) -> int:
 def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """Return the flags, and the arguments of :func:`jrl.sweep.execute` that follow from them."""
     from jrl import configuration
+    from jrl.sweep import processes
 
     module = configuration.load(algorithm)
     options, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
+    if options.distributed:
+        processes.initialize(options.coordinator, options.num_processes, options.process_id)
     env_kwargs = {
         name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
     }

@@ -17,7 +17,7 @@ from jrl.configuration import Setup
 from jrl.doctor import readable_size
 from jrl.progress import readable_duration
 from jrl.records import RunError
-from jrl.sweep import members, program
+from jrl.sweep import members, processes, program
 from jrl.types import PyTree
 
 USABLE_SHARE = (
@@ -100,8 +100,18 @@ class Layout:
         return self.per_device * self.mesh.size
 
     def place(self, tree: PyTree) -> PyTree:
-        """Put leaves ``[slots, ...]`` onto the devices."""
-        return jax.device_put(tree, program.sharding(self.mesh))
+        """Put leaves ``[slots, ...]``, the same in every process, onto the devices."""
+        where = program.sharding(self.mesh)
+
+        def put(leaf: Any) -> jax.Array:
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(
+                    put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+                )
+            whole = np.asarray(leaf)
+            return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+        return jax.tree.map(put, tree)
 
     def homes(self, n: int) -> np.ndarray:
         """Return the slot of each of ``n`` members, ``[n]``: dealt out to the devices one by one.
@@ -139,8 +149,12 @@ def choose_width(width: int | str | None, devices: Sequence[jax.Device]) -> int 
 
 
 def layout(num: int, width: int | None, devices: Sequence[jax.Device]) -> Layout:
-    """Return where ``num`` members are computed, no more devices than there are members."""
-    devices = devices[: max(1, min(len(devices), num))]
+    """Return where ``num`` members are computed, on no more devices than there are members.
+
+    Among several processes every one keeps its devices, and some of them may have nothing to do.
+    """
+    if processes.alone():
+        devices = devices[: max(1, min(len(devices), num))]
     per_device = -(-num // len(devices))
     if width is not None:
         width = min(width, per_device)
@@ -152,7 +166,10 @@ def available_bytes(devices: Sequence[jax.Device]) -> int | None:
     """Return how many bytes a program may take on all ``devices`` together, or None where nobody says."""
     if devices[0].platform == "cpu":
         free = doctor.available_memory()
-        return None if free is None else int(USABLE_SHARE * free)
+        if free is None:
+            return None
+        # Several processes share a machine's memory or have one each; nobody says, so that they share it here.
+        return int(USABLE_SHARE * processes.smallest(free))
     stats = [device.memory_stats() or {} for device in devices]
     if not all("bytes_limit" in each for each in stats):
         return None

@@ -122,7 +122,7 @@ def evaluate(
     return jax.jit(sharded(batching.over_members(member, width), on))
 
 
-def gather(states: PyTree, index: Array) -> PyTree:
+def gather(states: PyTree, index: Array | np.ndarray) -> PyTree:
     """Return the members ``index``, in that order."""
     return jax.tree.map(lambda leaf: leaf[index], states)
 

@@ -12,6 +12,7 @@ A thin layer over :mod:`jrl.sweep.program`. A sweep's folder holds::
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -33,7 +34,7 @@ from jrl.driver import RunResult, chunk_length
 from jrl.interrupt import StopRequest, wait
 from jrl.ops import counter
 from jrl.records import CorruptCheckpointError, RunError, RunWarning
-from jrl.sweep import members, planning, program
+from jrl.sweep import members, planning, processes, program
 from jrl.sweep.planning import Layout, Plan
 from jrl.sweep.search import Halving
 from jrl.sweep.search import best as search_best
@@ -215,21 +216,24 @@ def execute(
     with ExitStack() as stack:
         going_on = False
         if folder is not None:
-            going_on = resume and (folder / records.SWEEP).exists()
+            going_on = processes.from_first(resume and (folder / records.SWEEP).exists())
             if going_on:
                 _check_same(records.read_sweep(folder), record)
-            else:
+            elif processes.is_first():
                 records.check_new(folder, overwrite)
                 records.create(folder)
-            stack.enter_context(records.locked(folder))
-            if not going_on:
+            if processes.is_first():
+                stack.enter_context(records.locked(folder))
+            if processes.is_first() and not going_on:
                 records.clear(folder)
                 records.write_json(folder / records.SWEEP, record)
+            processes.barrier("folder ready")
         try:
             return _Sweep(setup, who, record, folder, devices, progress, figures).run(halving)
         except BaseException:
             # Nothing learned yet, nothing to resume: the folder is free again for the corrected command.
-            if folder is not None and not going_on and not (folder / records.METRICS).exists():
+            first = folder is not None and processes.is_first()
+            if first and folder and not going_on and not (folder / records.METRICS).exists():
                 (folder / records.SWEEP).unlink(missing_ok=True)
             raise
 
@@ -258,7 +262,7 @@ def resume(
     setup = configuration.from_json(record, algorithm=algorithm, env=env)
     who = _members_of(record, setup)
     halving = None if record["halving"] is None else Halving(**record["halving"])
-    with records.locked(folder):
+    with records.locked(folder) if processes.is_first() else contextlib.nullcontext():
         return _Sweep(setup, who, record, folder, devices, progress, figures).run(halving)
 
 
@@ -288,9 +292,9 @@ def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: An
             continue
         state = jax.eval_shape(setup.algo.init, jax.random.key(0), setup.hparams)
         results = Results.empty(held["rows"], len(who.seeds))
-        like = {"states": _stacked(state, len(held["order"])), "results": results.arrays()}
+        like = {"states": _stacked(state, held["slots"]), "results": results.arrays()}
         states = checkpoint.restore(checkpoints, like, number)["states"]
-        index = held["order"].index(member)
+        index = held["homes"][held["order"].index(member)]
         return RunResult(
             state=program.gather(states, index),
             summary=records.read_summary(folder) or {},
@@ -504,7 +508,7 @@ class _Sweep:
         self.who, self.record, self.folder = who, record, folder
         self.devices = jax.devices() if devices is None else list(devices)
         self.width = planning.choose_width(record["width"], self.devices)
-        self.show = progress.choose(progress_kind)
+        self.show = progress.choose(progress_kind if processes.is_first() else "none")
         self.figures = figures
         self.num = len(who.seeds)
         state = jax.eval_shape(algo.init, jax.random.key(0), setup.hparams)
@@ -532,7 +536,9 @@ class _Sweep:
     def start(self, who: np.ndarray) -> Any:
         """Initialise the members ``who``, and learn how many steps their warm-up took."""
         states = self.init(*self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who))
-        self.warmup = counter.to_int(states.env_steps[0]) if hasattr(states, "env_steps") else 0
+        self.warmup = 0
+        if hasattr(states, "env_steps"):
+            self.warmup = counter.to_int(states.env_steps.addressable_shards[0].data[0])
         per_step = self.setup.algo.env_steps_per_step
         self.total = -(-(self.record["env_steps"] - self.warmup) // per_step)
         if self.total < 1:
@@ -617,7 +623,7 @@ class _Sweep:
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         table = self.table()
-        if self.folder is not None:
+        if self.folder is not None and processes.is_first():
             table.to_csv(self.folder / records.TABLE)
             records.write_json(self.folder / records.SUMMARY, records.plain(summary))
             if self.figures and complete:
@@ -639,7 +645,7 @@ class _Sweep:
             self.ended = np.zeros(self.num, bool)
             begin = _Position(0, 0, np.arange(min(held, self.num)), states)
         sink = None
-        if self.folder is not None:
+        if self.folder is not None and processes.is_first():
             records.drop_metrics_after(self.folder, self.env_steps_done)
             sink = loggers.JsonlLogger(self.folder / records.METRICS)
             stack.callback(sink.close)
@@ -684,7 +690,7 @@ class _Sweep:
                 sink.write(self.env_steps_done, {k: v for k, v in row.items() if k != "text"})
             self.show.update(self.env_steps_done, row)
 
-        while step < self.total and not stop.requested:
+        while step < self.total:
             num_steps = min(length, self.total - step)
             (states, failed_at), report = self.train_chunk(
                 states, failed_at, hparams, *_numbers(step, num_steps, self.num_groups(active))
@@ -692,16 +698,21 @@ class _Sweep:
             pending.append((step, num_steps, order[:active], report))
             step += num_steps
             at_rung = [kept for at, kept in rungs if at == step < self.total]
-            due = self.due()
-            while len(pending) > (0 if at_rung or due or stop.requested or step >= self.total else 1):
+            if not processes.alone():
+                wait(report, stop)
+            stopping, due = processes.any_of(stop.requested, self.due())
+            while len(pending) > (0 if at_rung or due or stopping or step >= self.total else 1):
                 fetch()
             if at_rung:
                 order, states = self.stop_the_worst(order, states, step, at_rung[-1])
                 active = self.num_active(order)
                 failed_at, hparams = self.placed(order)
-            if (due or stop.requested) and step < self.total:
+            if (due or stopping) and step < self.total:
                 self.save(chunk, step, order, states)
                 last = time.perf_counter()
+            if stopping:
+                stop.requested = True
+                break
         if step >= self.total and not stop.requested and not self.ended[order].all():
             if self.record["eval_episodes"]:
                 self.evaluate(order, states, hparams)
@@ -725,7 +736,7 @@ class _Sweep:
         """Enter a chunk's report on the members ``whom`` into the results; return the environment steps it took."""
         row, per_step = before // self.record["chunk_length"], self.setup.algo.env_steps_per_step
         home = self.layout.homes(len(whom))
-        report = jax.tree.map(lambda leaf: np.asarray(leaf)[home], report)
+        report = jax.tree.map(lambda leaf: leaf[home], processes.fetch(report))
         was_running = self.results.failed_at[whom] == program.RUNNING
         running = report.failed_at == program.RUNNING
         ended = running & (report.summary["num_episodes"] > 0)
@@ -794,8 +805,8 @@ class _Sweep:
         )
         evaluation = play(states, self.spread(self.who.seeds.astype(np.uint32), order), hparams)
         home = self.layout.homes(len(order))
-        for name, values in evaluation._asdict().items():
-            self.results.evaluation[name][order] = np.asarray(values)[home]
+        for name, values in processes.fetch(evaluation)._asdict().items():
+            self.results.evaluation[name][order] = values[home]
 
     # ------------------------------------------------------------------------------------- checkpoints
 
@@ -809,14 +820,15 @@ class _Sweep:
         if self.folder is None:
             return
         began = time.perf_counter()
-        home = self.layout.homes(len(order))
-        if len(home) != self.layout.slots or (home != np.arange(len(home))).any():
-            states = jax.tree.map(lambda leaf: leaf[home], states)
         number = chunk * (self.total + 1) + step
         metadata = {
             "chunk": chunk,
             "step": step,
             "order": order.tolist(),
+            "slots": self.layout.slots,
+            "homes": self.layout.homes(
+                len(order)
+            ).tolist(),  # where each member of the order is in the arrays
             "held": self.plan_.chunk,
             "warmup": self.warmup,
             "rows": len(self.results.history),
@@ -829,7 +841,7 @@ class _Sweep:
         content = {"states": states, "results": self.results.arrays()}
         try:
             checkpoint.save(folder, content, number, metadata=metadata, keep=None)
-            for old in checkpoint.steps(folder):
+            for old in checkpoint.steps(folder) if processes.is_first() else ():
                 # the last checkpoint of each chunk of members stays: it holds what they have learned
                 if old < number and old % (self.total + 1) != self.total:
                     checkpoint.remove(folder, old)
@@ -860,7 +872,7 @@ class _Sweep:
                 )
                 results = Results.empty(-(-self.total // self.record["chunk_length"]), self.num)
                 like = {
-                    "states": _stacked(self.state_shape, len(order)),
+                    "states": _stacked(self.state_shape, held["slots"]),
                     "results": results.arrays(),
                 }
                 content = checkpoint.restore(folder, like, number)
@@ -885,7 +897,7 @@ class _Sweep:
                 f"the sweep held {held['held']} members at once, and now {self.plan_.chunk} would fit: continue it "
                 f"with --chunk {held['held']} (chunk={held['held']})."
             )
-        states = self.layout.spread(content["states"])
+        states = self.layout.spread(program.gather(content["states"], np.asarray(held["homes"])))
         return _Position(held["chunk"], held["step"], order, states)
 
     # ------------------------------------------------------------------------------------------ results
