@@ -74,7 +74,14 @@ def data_parallel(
     num_local = num_shards // len(devices)
     mesh = Mesh(np.array(devices), DEVICES)
     whole = make()
-    shard = make(shards=Shards(num_shards, mean_over_shards))
+    names = DEVICES if num_local == 1 else (LOCAL, DEVICES)
+
+    def mean(tree: PyTree) -> PyTree:
+        # As one vector: what an exchange costs is its being one.
+        vector, unravel = ravel_pytree(tree)
+        return unravel(jax.lax.pmean(vector, names))
+
+    shard = make(shards=Shards(num_shards, mean))
 
     def specs(state: PyTree, hparams: PyTree) -> PyTree:
         """Return the partition of each leaf: over the axis that is shorter in a shard, if there is one."""
@@ -97,9 +104,9 @@ def data_parallel(
             return jax.tree.map(own, whole.init(key, hparams), layout)
 
         replicated = PartitionSpec()
-        return jax.shard_map(
-            own_part, mesh=mesh, in_specs=replicated, out_specs=layout, check_vma=False
-        )(key, hparams)
+        return jax.shard_map(own_part, mesh=mesh, in_specs=replicated, out_specs=layout, check_vma=False)(
+            key, hparams
+        )
 
     def step(state: PyTree, hparams: PyTree) -> tuple[PyTree, Metrics]:
         layout = specs(state, hparams)
@@ -113,6 +120,9 @@ def data_parallel(
             return dataclasses.replace(stepped, key=state.key), metrics
 
         def step_device(state: PyTree, keys: Key, hparams: PyTree) -> tuple[PyTree, Metrics]:
+            if num_local == 1:  # a vmap over one is not for free
+                state, metrics = step_shard(state, keys[0], hparams)
+                return state, _gather({name: value[None] for name, value in metrics.items()})
             state = jax.tree.map(lambda axis, leaf: _fold(leaf, axis, num_local), axes, state, is_leaf=_none)
             state, metrics = jax.vmap(
                 step_shard, in_axes=(axes, 0, None), out_axes=(axes, 0), axis_name=LOCAL
@@ -130,12 +140,6 @@ def data_parallel(
         return dataclasses.replace(state, key=next_key), metrics
 
     return Algorithm(init, step, whole.policy, whole.env_steps_per_step)
-
-
-def mean_over_shards(tree: PyTree) -> PyTree:
-    """Average float arrays over all shards, as one vector: what an exchange costs is its being one."""
-    vector, unravel = ravel_pytree(tree)
-    return unravel(jax.lax.pmean(vector, (LOCAL, DEVICES)))
 
 
 def _gather(metrics: Metrics) -> Metrics:

@@ -163,9 +163,7 @@ def standardize(x: Array, eps: float = 1e-8, *, mean: Callable[[Array], Array] =
     return (x - mean(x)) / (jnp.sqrt(_variance(x, mean)) + eps)
 
 
-def explained_variance(
-    value: Array, target: Array, *, mean: Callable[[Array], Array] = jnp.mean
-) -> Array:
+def explained_variance(value: Array, target: Array, *, mean: Callable[[Array], Array] = jnp.mean) -> Array:
     """How much of the targets' variance the values explain.
 
     ``1 − Var(target − value) / Var(target)``; 0 where the target does not vary.
