@@ -120,7 +120,7 @@ def data_parallel(
             return dataclasses.replace(stepped, key=state.key), metrics
 
         def step_device(state: PyTree, keys: Key, hparams: PyTree) -> tuple[PyTree, Metrics]:
-            if num_local == 1:  # a vmap over one is not for free
+            if num_local == 1:
                 state, metrics = step_shard(state, keys[0], hparams)
                 return state, _gather({name: value[None] for name, value in metrics.items()})
             state = jax.tree.map(lambda axis, leaf: _fold(leaf, axis, num_local), axes, state, is_leaf=_none)
