@@ -3,6 +3,7 @@
     python benchmarks/against_peers.py purejaxrl-ppo --peer-path CLONE --peer-python PYTHON --core 0
     python benchmarks/against_peers.py rejax-dqn --peer-python PYTHON --core 0
     python benchmarks/against_peers.py purejaxrl-ppo ... --num-envs 4 --seeds 32 --devices 2 --core 0,1
+    python benchmarks/against_peers.py purejaxrl-ppo ... --devices 2 --core 0,1
     python benchmarks/against_peers.py purejaxrl-ppo ... --env Breakout-MinAtar --num-minibatches 8 \\
         --activation relu --learning-rate 5e-3 --env-steps 1048576
     python benchmarks/against_peers.py purejaxrl-ppo ... --compile
@@ -71,7 +72,7 @@ def make_jobs(
     if work.devices > 1:
         from jrl import xla
 
-        xla.configure(ours, num_devices=work.devices)
+        xla.configure(ours, num_devices=work.devices, vmapped=work.seeds > 1)
     plain = dataclasses.asdict(work)
     return {
         "jrl": Job(sys.executable, ours, "ours", peer.algorithm, plain),

@@ -30,6 +30,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
+    "parallel": ("jrl.parallel", None),
     # ring 3
     "sweep": ("jrl.sweep", None),
     "run": ("jrl.driver", "run"),
@@ -70,7 +71,20 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, sweep, testing, types
+    from jrl import (
+        checkpoint,
+        envs,
+        networks,
+        normalize,
+        ops,
+        optim,
+        parallel,
+        replay,
+        rollout,
+        sweep,
+        testing,
+        types,
+    )
     from jrl.algos import dqn, ppo
     from jrl.driver import resume, run
     from jrl.envs import make

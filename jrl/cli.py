@@ -107,7 +107,9 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
 def _configure_devices(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
     """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise."""
     sweeps = bool(args) and args[0] in ("sweep", "plan")
-    sweeps |= bool(args) and args[0] == "resume" and any((Path(arg) / records.SWEEP).exists() for arg in args[1:])
+    sweeps |= (
+        bool(args) and args[0] == "resume" and any((Path(arg) / records.SWEEP).exists() for arg in args[1:])
+    )
     if not sweeps:
         xla.configure(environ)
         return

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.types import Array, MaskedObservation, PyTree
+from jrl.types import Array, MaskedObservation, PyTree, Shards
 
 EPSILON = 1e-8
+WHOLE = Shards()
 
 
 class RunningStatistics(NamedTuple):
@@ -48,7 +49,9 @@ def init_statistics(spec: PyTree) -> RunningStatistics:
     return RunningStatistics(jnp.zeros((), jnp.float32), zeros(), zeros())
 
 
-def update_statistics(statistics: RunningStatistics, batch: PyTree) -> RunningStatistics:
+def update_statistics(
+    statistics: RunningStatistics, batch: PyTree, shards: Shards = WHOLE
+) -> RunningStatistics:
     """Add a batch of samples.
 
     With δ the difference of the batch's mean from the running one, n samples so far and m in the batch:
@@ -59,13 +62,14 @@ def update_statistics(statistics: RunningStatistics, batch: PyTree) -> RunningSt
     Args:
         statistics: of samples ``[*shape]``.
         batch: the same pytree with leaves ``[*lead, *shape]``, any number of leading axes, the same for all.
+        shards: of which ``batch`` is one; all of them are added.
 
     Raises:
         ValueError: a leaf does not end with the shape of the statistics, or leading axes differ.
     """
     if isinstance(batch, MaskedObservation):
         batch = batch.obs
-    size = math.prod(_lead(statistics, batch))
+    size = math.prod(_lead(statistics, batch)) * shards.count
     if size == 0:
         return statistics
     total = statistics.count + size
@@ -74,10 +78,10 @@ def update_statistics(statistics: RunningStatistics, batch: PyTree) -> RunningSt
         """Batch mean relative to the running one, and sum of squares around the batch mean."""
         rows = jnp.asarray(x, jnp.float32).reshape(-1, *mean.shape)
         deviation = rows - mean[None]
-        rough = deviation.mean(axis=0)
+        rough = shards.mean(deviation.mean(axis=0))
         residual = deviation - rough[None]
-        correction = residual.mean(axis=0)
-        return rough + correction, (residual**2).sum(axis=0) - size * correction**2
+        correction, square = shards.mean((residual.mean(axis=0), (residual**2).sum(axis=0)))
+        return rough + correction, square * shards.count - size * correction**2
 
     pairs = jax.tree.map(moments, statistics.mean, batch)
     delta, m2_batch = jax.tree.transpose(
@@ -165,6 +169,7 @@ def scale_reward(
     *,
     gamma: Array | float,
     clip: float | None = 10.0,
+    shards: Shards = WHOLE,
 ) -> tuple[RewardScaling, Array]:
     """Divide rewards by the standard deviation of the discounted returns seen so far.
 
@@ -180,6 +185,7 @@ def scale_reward(
         truncated: bool ``[T, B]``.
         gamma: discount factor.
         clip: largest absolute value returned; None: not clipped.
+        shards: of which these environments are one; the statistics are those of all.
 
     Returns:
         The new state, and the scaled rewards, float32 ``[T, B]``.
@@ -206,7 +212,7 @@ def scale_reward(
 
     ended = jnp.logical_or(terminated, truncated)
     running_return, returns = jax.lax.scan(accumulate, state.running_return, (reward, ended))
-    statistics = update_statistics(state.statistics, returns)
+    statistics = update_statistics(state.statistics, returns, shards)
     scaled = reward * jax.lax.rsqrt(variance(statistics) + EPSILON)
     if clip is not None:
         scaled = jnp.clip(scaled, -clip, clip)

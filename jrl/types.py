@@ -233,3 +233,17 @@ class Algorithm(NamedTuple):
     policy: Callable[..., Policy]
     env_steps_per_step: int
     env: Environment | None = None
+
+
+class Shards(NamedTuple):
+    """Equal parts of one run's environments, of which a kernel computes one (:mod:`jrl.parallel`).
+
+    The default is a run in one piece.
+
+    Attributes:
+        count: number of parts, static.
+        mean: a pytree of float arrays to its means over the parts, the same in each.
+    """
+
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
+    mean: Callable[[PyTree], PyTree] = lambda tree: tree

@@ -2,9 +2,10 @@
 
 On a CPU of few cores jaxlib 0.10 can wait for ever: a vmapped training program puts work on XLA's thread pool
 that waits for other work of the same pool, and with two threads all of them may end up waiting: 9 of 16 processes
-hung. A pool of four threads for each device ran every time, 17 processes with one device and 13 with two; two threads
-for each of two devices hung once in two (``benchmarks/results/hang.jsonl``, ``benchmarks/hang.py``). The pool's size is
-read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has not been seen to hang.
+hung. That work is the QR factorisation of orthogonal initialisation, a batch of which divides itself among the
+pool's threads. A pool of four threads for each device ran every time, 17 processes with one device and 13 with two;
+two threads for each of two devices hung once in two (``benchmarks/results/hang.jsonl``, ``benchmarks/hang.py``). The
+pool's size is read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has not been seen to hang.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Mapping, MutableMapping
 THREADS_PER_DEVICE = 4
 
 
-def configure(environ: MutableMapping[str, str] = os.environ, *, num_devices: int | None = None) -> None:
+def configure(
+    environ: MutableMapping[str, str] = os.environ, *, num_devices: int | None = None, vmapped: bool = True
+) -> None:
     """Put settings under which nothing hangs into ``environ``; what the user has set stays.
 
     Call it before anything imports jax: the ``jrl`` command and the tests do.
@@ -25,12 +28,15 @@ def configure(environ: MutableMapping[str, str] = os.environ, *, num_devices: in
     Args:
         environ: the environment to change.
         num_devices: CPU devices to present (``--xla_force_host_platform_device_count``); None leaves that be.
+        vmapped: whether members will be vmapped. One run sharded over the devices (:mod:`jrl.parallel`) cannot
+            hang so, nor can a sweep of members one by one (:mod:`jrl.sweep`), and with more threads than cores
+            both take up to half as long again.
     """
     if num_devices is not None:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environ.get("XLA_FLAGS", ""))
         flags = f"{flags} --xla_force_host_platform_device_count={num_devices}"
         environ["XLA_FLAGS"] = flags.strip()
-    if _pool_can_hang(environ):
+    if vmapped and _pool_can_hang(environ):
         environ.setdefault("NPROC", str(_threads_needed(environ)))
 
 

@@ -45,7 +45,7 @@ class Work:
     seeds: int = 1
     """Members that train side by side, vmapped."""
     devices: int = 1
-    """CPU devices over which jrl's members are sharded; the other side has one."""
+    """CPU devices over which jrl's members, or the environments of its one run, are sharded; the other side has one."""
     num_envs: int = 64
     unroll_length: int = 128
     num_epochs: int = 4

@@ -1,7 +1,8 @@
-"""jrl's side: one run, or members as a sweep computes them, over one or several CPU devices."""
+"""jrl's side: one run, or members as a sweep computes them; either sharded over CPU devices."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
 
 def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
     """Return ``(env, algo, hparams, num_steps)`` for ``work``: the settings of the peers, nothing tuned."""
+    import jax
     import optax
 
     import jrl
-    from jrl import envs
+    from jrl import envs, parallel
 
     env = jrl.make(work.env)
     if len(env.observation.shape) > 1:
@@ -86,7 +88,10 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
         hparams = jrl.ppo.HParams(
             learning_rate=work.learning_rate, anneal_env_steps=work.env_steps, gamma=GAMMA
         )
-        algo, warmup = jrl.ppo.make(env, config), 0
+        make = functools.partial(jrl.ppo.make, env, config)
+        one_run_sharded = work.devices > 1 and work.seeds == 1
+        algo = parallel.data_parallel(make, jax.devices()[: work.devices]) if one_run_sharded else make()
+        warmup = 0
     else:
         config = jrl.dqn.Config(
             num_envs=work.num_envs,

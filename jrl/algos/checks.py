@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.types import Environment, Network
+from jrl.types import Environment, Network, Shards
 
 
 def environment(env: Any) -> None:
@@ -60,6 +60,27 @@ def sizes(config: Any, *names: str) -> None:
             raise TypeError(f"{name}={value!r}: must be an integer.")
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1.")
+
+
+def shard(config: Any, shards: Shards) -> int:
+    """Return the environments of each shard.
+
+    Raises:
+        ValueError: they, or the minibatches of their transitions, would differ in size.
+    """
+    num_envs, rest = divmod(config.num_envs, shards.count)
+    if rest:
+        raise ValueError(
+            f"num_envs={config.num_envs} cannot be split into {shards.count} equal shards; use a multiple of "
+            f"{shards.count}, or a number of shards that divides it."
+        )
+    if num_envs * config.unroll_length % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the transitions of one of {shards.count} "
+            f"shards, {num_envs} × {config.unroll_length} = {num_envs * config.unroll_length}: each minibatch takes an "
+            "equal part of every shard; use fewer minibatches or shards."
+        )
+    return num_envs
 
 
 def hparams(given: Any, expected: type) -> None:

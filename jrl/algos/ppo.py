@@ -34,6 +34,7 @@ from jrl.types import (
     Params,
     Policy,
     PyTree,
+    Shards,
     Transition,
 )
 
@@ -152,6 +153,7 @@ def make(
     *,
     network: Any = None,
     optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
+    shards: Shards = Shards(),  # noqa: B008 - a constant
 ) -> Algorithm:
     """Return PPO on ``env`` as an :class:`~jrl.types.Algorithm`.
 
@@ -161,16 +163,19 @@ def make(
         network: any ``init``/``apply`` pair, ``obs -> (policy head, value)``: the head is logits
             (MultiDiscrete: side by side), or ``(mean, log_std)`` for a Box. None builds one from ``config``.
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
+        shards: the parts of a run's environments, of which this kernel is to compute one; given by
+            :func:`jrl.parallel.data_parallel`. Each minibatch then has an equal part of every shard.
 
     Raises:
         TypeError: ``env``, ``config`` or ``network`` is not what it should be.
         ValueError: ``env`` is vectorised already; ``network``'s output does not fit the action space, or it has
-            a memory.
+            a memory; ``config`` cannot be split into so many shards.
     """
     config = checks.config(config, Config)
+    num_envs = checks.shard(config, shards)
     checks.environment(env)
     distribution = networks.distribution(env.action)
-    envs = vectorize(env, config.num_envs)
+    envs = vectorize(env, num_envs)
     if isinstance(env.action, Box):
         envs = clip_action(envs)  # the loss keeps the action that was drawn
     network = (
@@ -181,6 +186,13 @@ def make(
     checks.feed_forward(network, "ppo")
     networks.check_policy_output(network, env.observation, env.action)
     network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
+
+    # Shards exchange the moments of all minibatches at once, so that in the loop they exchange gradients only.
+    standardize_before = config.standardize_advantages and shards.count > 1
+    standardize_within = config.standardize_advantages and shards.count == 1
+
+    def mean(x: Array) -> Array:
+        return shards.mean(jnp.mean(x))
 
     def normalized(statistics: PyTree, obs: PyTree) -> PyTree:
         return normalize.normalize(statistics, obs) if config.normalize_observations else obs
@@ -210,8 +222,8 @@ def make(
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         network_key, reset_key, state_key = jax.random.split(key, 3)
-        memory = network.init_memory((config.num_envs,))
-        start = rollout.start(reset_key, envs, env_params(hparams), config.num_envs, memory)
+        memory = network.init_memory((num_envs,))
+        start = rollout.start(reset_key, envs, env_params(hparams), num_envs, memory)
         params = network.init(network_key, start.obs, memory)
         return State(
             params=params,
@@ -220,7 +232,7 @@ def make(
             observation_statistics=(
                 normalize.init_statistics(env.observation) if config.normalize_observations else ()
             ),
-            reward_scaling=normalize.init_reward_scaling(config.num_envs) if config.normalize_rewards else (),
+            reward_scaling=normalize.init_reward_scaling(num_envs) if config.normalize_rewards else (),
             env_steps=ops.counter.zero(),
             key=state_key,
         )
@@ -246,7 +258,7 @@ def make(
         (head, value), _ = network.apply(params, batch.obs, ())
         policy = distribution(head)
         log_prob = policy.log_prob(batch.action)
-        advantage = ops.standardize(batch.advantage) if config.standardize_advantages else batch.advantage
+        advantage = ops.standardize(batch.advantage) if standardize_within else batch.advantage
         policy_loss = ops.ppo_clip_loss(log_prob, batch.log_prob, advantage, hparams.clip_eps)
         if config.clip_value:
             value_loss = ops.clipped_value_loss(value, batch.value, batch.target, hparams.value_clip_eps)
@@ -272,11 +284,17 @@ def make(
             jax.random.split(key, config.num_epochs)
         )
         shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
+        advantages = None
+        if standardize_before:
+            advantages = jax.vmap(lambda x: ops.standardize(x, mean=mean))(batch.advantage[shuffles])
 
-        def minibatch_step(carry: tuple, index: Array) -> tuple[tuple, Metrics]:
+        def minibatch_step(carry: tuple, shuffled: tuple) -> tuple[tuple, Metrics]:
             params, opt_state, stopped = carry
+            index, advantage = shuffled
             minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
-            grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch, hparams)
+            if standardize_before:
+                minibatch = minibatch._replace(advantage=advantage)
+            grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch, hparams))
             metrics["grad_norm"] = optax.global_norm(grads)
             updates, new_opt_state = gradient_step(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
@@ -288,10 +306,10 @@ def make(
             return (*new, stopped), metrics
 
         start = (state.params, state.opt_state, jnp.bool_(False))
-        (params, opt_state, _), metrics = jax.lax.scan(minibatch_step, start, shuffles)
+        (params, opt_state, _), metrics = jax.lax.scan(minibatch_step, start, (shuffles, advantages))
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics["learning_rate"] = learning_rate
-        metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target)
+        metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target, mean=mean)
         return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
@@ -304,14 +322,19 @@ def make(
         reward, reward_scaling = transitions.reward, state.reward_scaling
         if config.normalize_rewards:
             reward_scaling, reward = normalize.scale_reward(
-                reward_scaling, reward, transitions.terminated, transitions.truncated, gamma=hparams.gamma
+                reward_scaling,
+                reward,
+                transitions.terminated,
+                transitions.truncated,
+                gamma=hparams.gamma,
+                shards=shards,
             )
         batch = targets(state, transitions, reward, hparams)
         state, metrics = update(state, batch, update_key, hparams)
         statistics = state.observation_statistics
         if config.normalize_observations:
             # Only now: the batch's ratios start at 1 because its statistics are those it was collected with.
-            statistics = normalize.update_statistics(statistics, transitions.obs)
+            statistics = normalize.update_statistics(statistics, transitions.obs, shards)
         state = dataclasses.replace(
             state,
             rollout=rollout_state,

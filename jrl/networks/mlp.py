@@ -8,6 +8,7 @@ each of a layer's three matrix products has the form that XLA's CPU library is f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +65,28 @@ class Dense(nn.Module):
                 ``[..., F]`` holds them pixel by pixel.
         """
         size = x.shape[0 if features_first else -1]
-        kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (size, self.features))
+        kernel = self.param("kernel", _orthogonal(self.gain), (size, self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         if not features_first:
             return x @ kernel + bias
         kernel = kernel.reshape(-1, channels, self.features).swapaxes(0, 1).reshape(kernel.shape)
         return affine(kernel, bias, x)
+
+
+def _orthogonal(gain: float) -> Callable[..., jax.Array]:
+    """Return the orthogonal initialiser, of which a batch is computed one by one on a CPU.
+
+    XLA's QR factorisation of a batch divides itself among the threads of the pool that it runs in, and where they
+    are few waits for ever for the one it runs on (jaxlib 0.10). One matrix does not.
+    """
+    initialize = nn.initializers.orthogonal(gain)
+    if jax.default_backend() != "cpu":
+        return initialize
+
+    def one_by_one(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.custom_batching.sequential_vmap(lambda key: initialize(key, shape, dtype))(key)
+
+    return one_by_one
 
 
 @jax.custom_vjp

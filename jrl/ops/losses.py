@@ -6,6 +6,8 @@ last axis of ``q``. Means are over all entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -138,7 +140,7 @@ def clipped_value_loss(value: Array, old_value: Array, target: Array, clip_eps: 
     return 0.5 * jnp.mean(jnp.maximum(jnp.square(value - target), jnp.square(clipped - target)))
 
 
-def standardize(x: Array, eps: float = 1e-8) -> Array:
+def standardize(x: Array, eps: float = 1e-8, *, mean: Callable[[Array], Array] = jnp.mean) -> Array:
     """Shift to mean 0 and scale to standard deviation 1.
 
     ``(x − mean x) / (std x + eps)``, with the standard deviation of the population, over all entries.
@@ -149,6 +151,7 @@ def standardize(x: Array, eps: float = 1e-8) -> Array:
     Args:
         x: floating ``[...]``.
         eps: keeps a constant ``x`` finite (it gives 0).
+        mean: ``[...] -> scalar``; another where ``x`` is a part of what is to be standardised.
 
     Returns:
         ``[...]``.
@@ -157,10 +160,10 @@ def standardize(x: Array, eps: float = 1e-8) -> Array:
         AssertionError: ``x`` is not floating.
     """
     checks.floating(x=x)
-    return (x - jnp.mean(x)) / (jnp.std(x) + eps)
+    return (x - mean(x)) / (jnp.sqrt(_variance(x, mean)) + eps)
 
 
-def explained_variance(value: Array, target: Array) -> Array:
+def explained_variance(value: Array, target: Array, *, mean: Callable[[Array], Array] = jnp.mean) -> Array:
     """How much of the targets' variance the values explain.
 
     ``1 − Var(target − value) / Var(target)``; 0 where the target does not vary.
@@ -170,6 +173,7 @@ def explained_variance(value: Array, target: Array) -> Array:
     Args:
         value: floating ``[...]``.
         target: floating ``[...]``.
+        mean: ``[...] -> scalar``; another where the arrays are parts of larger ones.
 
     Returns:
         A scalar: 1 for a perfect critic, 0 for a constant, below 0 for a worse one.
@@ -179,9 +183,14 @@ def explained_variance(value: Array, target: Array) -> Array:
     """
     checks.floating(value=value, target=target)
     checks.same_shape(value=value, target=target)
-    variance = jnp.var(target)
+    variance = _variance(target, mean)
     varies = variance > 0.0
-    return jnp.where(varies, 1.0 - jnp.var(target - value) / jnp.where(varies, variance, 1.0), 0.0)
+    unexplained = _variance(target - value, mean)
+    return jnp.where(varies, 1.0 - unexplained / jnp.where(varies, variance, 1.0), 0.0)
+
+
+def _variance(x: Array, mean: Callable[[Array], Array]) -> Array:
+    return mean(jnp.square(x - mean(x)))
 
 
 def huber(x: Array, delta: Array | float = 1.0) -> Array:

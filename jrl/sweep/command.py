@@ -45,7 +45,8 @@ class Options:
     eval_episodes: int = 100
     """Episodes of each member's final evaluation; 0 leaves it out."""
     devices: int = 0
-    """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU."""
+    """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU.
+    With distributed: of this process, by default one on a CPU."""
     width: str = "auto"
     """Members side by side on a device: a number, all, or auto (1 on a CPU, all on an accelerator)."""
     chunk: int | None = None
@@ -145,7 +146,7 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
     from jrl.sweep import search, spaces
 
     devices = jax.devices()
-    if options.devices > len(devices):
+    if options.devices > len(devices) and not options.distributed:
         raise RunError(f"--devices {options.devices}: there are {len(devices)}.")
     if not options.width.isdecimal() and options.width not in ("auto", "all"):
         raise RunError(f"--width {options.width}: expected a number, all or auto.")
@@ -167,7 +168,8 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "search_seed": options.search_seed,
         "halving": search.Halving(options.eta) if options.halving else None,
         "eval_episodes": options.eval_episodes,
-        "devices": devices[: options.devices or None],
+        # of several processes each brings its own
+        "devices": devices if options.distributed else devices[: options.devices or None],
         "width": int(options.width) if options.width.isdecimal() else options.width,
         "chunk": options.chunk,
         "checkpoint_seconds": options.checkpoint_seconds,

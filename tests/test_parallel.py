@@ -1,0 +1,183 @@
+"""One run on several devices: the same numbers as on one, and nothing exchanged but what must be."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import checkpoint, dqn, ppo
+from jrl.envs import from_functions
+from jrl.parallel import data_parallel
+
+NUM_SHARDS = 8
+HPARAMS = ppo.HParams(env=None)
+
+
+def make_ppo(env="CartPole-v1", **choices):
+    sizes = {"num_envs": 16, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
+    return functools.partial(ppo.make, jrl.make(env), ppo.Config(**sizes | choices))
+
+
+PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_target_kl": True}
+CASES = {"discrete": make_ppo(), "continuous": make_ppo("Pendulum-v1", **PENDULUM)}
+
+
+class Run:
+    """Two steps of an algorithm from one key, with its program."""
+
+    def __init__(self, algo):
+        self.algo = algo
+        self.start = jax.jit(algo.init)(jax.random.key(0), HPARAMS)
+        self.compiled = jax.jit(algo.step).lower(self.start, HPARAMS).compile()
+        self.first, self.first_metrics = self.compiled(self.start, HPARAMS)
+        self.second, self.second_metrics = self.compiled(self.first, HPARAMS)
+
+
+@functools.cache
+def run(case, num_devices):
+    return Run(data_parallel(CASES[case], jax.devices()[:num_devices], num_shards=NUM_SHARDS))
+
+
+def raw(tree):
+    """The leaves by path as NumPy arrays, keys as their data."""
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for _, leaf in named]
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if key else leaf)
+        for (path, leaf), key in zip(named, is_key, strict=True)
+    }
+
+
+def assert_close(a, b, rtol=1e-4):
+    a, b = raw(a), raw(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        scale = np.abs(a[name]).max() if a[name].size else 0.0
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=rtol * max(scale, 1e-2), err_msg=name)
+
+
+@pytest.mark.parametrize(("case", "num_devices"), [("discrete", 2), ("discrete", 8), ("continuous", 8)])
+def test_the_same_run_on_any_number_of_devices(case, num_devices):
+    one, several = run(case, 1), run(case, num_devices)
+    assert_close(several.start, one.start, rtol=0)
+    assert_close((several.first, several.first_metrics), (one.first, one.first_metrics))
+    assert_close((several.second.params, several.second_metrics), (one.second.params, one.second_metrics))
+
+
+def test_every_device_holds_its_own_environments_and_all_parameters():
+    state = run("continuous", 8).second
+    for leaf in jax.tree.leaves((state.rollout, state.reward_scaling.running_return)):
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, *leaf.shape[1:])}
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.observation_statistics)):
+        values = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(values) == 8
+        assert all(np.array_equal(value, values[0]) for value in values)
+    obs = np.asarray(state.rollout.obs)
+    assert len(np.unique(obs, axis=0)) == len(obs)  # no two shards draw the same
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_the_loop_exchanges_one_vector_a_minibatch_and_no_data(num_devices):
+    text = run("discrete", num_devices).compiled.as_text()
+    computations = re.split(r"\n(?=%|ENTRY)", text)
+    exchanges = r" = (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
+    found = {body.split(" ", 1)[0]: re.findall(exchanges, body) for body in computations}
+    found = {name: kinds for name, kinds in found.items() if kinds}
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(run("discrete", num_devices).start.params))
+    in_loop = [kinds for kinds in found.values() if any(f"f32[{num_params + 6}]" in t for t, _ in kinds)]
+    assert [[kind for _, kind in kinds] for kinds in in_loop] == [["all-reduce"]]
+    others = [one for kinds in found.values() if kinds not in in_loop for one in kinds]
+    assert {kind for _, kind in others} == {"all-reduce", "all-gather"}
+    shapes = [dims for text, _ in others for dims in re.findall(r"\[([\d,]*)\]", text)]
+    sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in shapes]
+    num_metrics = len(run("discrete", num_devices).first_metrics)
+    # Nothing larger than the metrics of all shards: a minibatch has 64 transitions of 4 numbers and more.
+    assert max(sizes) == NUM_SHARDS * num_metrics < 64 * 4
+
+
+def test_it_starts_as_the_run_in_one_piece_does_and_counts_its_steps():
+    whole = CASES["discrete"]()
+    several = run("discrete", 8)
+    assert several.algo.env_steps_per_step == whole.env_steps_per_step == 16 * 8
+    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
+    assert_close(several.start, start, rtol=0)
+    assert jrl.ops.counter.to_int(several.second.env_steps) == 2 * 16 * 8
+    _, metrics = jax.jit(whole.step)(several.first, HPARAMS)  # continued in one piece
+    assert metrics.keys() == several.second_metrics.keys()
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_devices(tmp_path):
+    eight, two = run("discrete", 8), run("discrete", 2)
+    checkpoint.save(tmp_path, eight.first, step=1)
+    like = jax.eval_shape(eight.algo.init, jax.random.key(0), HPARAMS)
+    restored = checkpoint.restore(tmp_path, like=like)
+    assert_close(restored, eight.first, rtol=0)
+    assert_close(two.compiled(restored, HPARAMS)[0].params, eight.second.params)
+    assert_close(eight.compiled(restored, HPARAMS), (eight.second, eight.second_metrics), rtol=0)
+
+
+def test_the_policy_is_evaluated_as_any_other():
+    several = run("discrete", 2)
+    policy = several.algo.policy(several.second)
+    stats = jrl.evaluate(jax.random.key(1), jrl.make("CartPole-v1"), policy, num_episodes=4, max_steps=20)
+    assert np.isfinite(stats.episode_return).all()
+
+
+def counting():
+    """Episodes of length 1 to 16: each environment draws its own, and earns 1 a step."""
+
+    def reset(key, params):
+        length = jax.random.randint(key, (), 1, 17)
+        return (length, 0), jnp.float32([0.0])
+
+    def transition(key, state, action, params):
+        length, time = state
+        return (length, time + 1), jnp.float32([0.0]), 1.0, time + 1 >= length, False
+
+    return from_functions(reset, transition, (), jrl.Discrete(2), "counting")
+
+
+def test_episode_metrics_are_those_of_all_shards():
+    make = functools.partial(
+        ppo.make, counting(), ppo.Config(num_envs=8, unroll_length=16, num_epochs=1, hidden_sizes=(2,))
+    )
+    algo = data_parallel(make, jax.devices()[:4], num_shards=8)
+    state = jax.jit(algo.init)(jax.random.key(0), HPARAMS)
+    lengths = np.asarray(state.rollout.env_state[0])
+    # First episodes that end within the unroll are those of all; the later ones draw their lengths anew.
+    _, metrics = jax.jit(algo.step)(state, HPARAMS)
+    assert metrics["num_episodes"] >= 8
+    assert metrics["episode_return_min"] <= lengths.min()
+    assert metrics["episode_return_max"] >= lengths.max()
+    assert metrics["episode_return"] == metrics["episode_length"]
+    total = metrics["num_episodes"] * metrics["episode_return"]
+    np.testing.assert_allclose(total, np.round(total), atol=1e-3)  # whole steps, by whole episodes
+
+
+def test_what_cannot_be_split_says_so():
+    devices = jax.devices()[:3]
+    with pytest.raises(
+        ValueError, match=r"num_envs=16 cannot be split into 3 equal shards; use a multiple of 3"
+    ):
+        data_parallel(make_ppo(), devices)
+    with pytest.raises(ValueError, match=r"num_shards=4 on 3 devices: .*use a multiple of the devices"):
+        data_parallel(make_ppo(), devices, num_shards=4)
+    with pytest.raises(ValueError, match=r"num_shards=0 on 0 devices"):
+        data_parallel(make_ppo(), [])
+    with pytest.raises(ValueError, match=r"num_minibatches=16 does not divide .* 8 shards, 2 × 4 = 8"):
+        data_parallel(make_ppo(unroll_length=4, num_minibatches=16))
+    with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.ppo.make does"):
+        data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
+
+
+def test_one_shard_is_the_run_in_one_piece():
+    one = data_parallel(CASES["discrete"], jax.devices()[:1])
+    whole = CASES["discrete"]()
+    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
+    np.testing.assert_array_equal(
+        jax.jit(one.step)(start, HPARAMS)[1]["loss"], jax.jit(whole.step)(start, HPARAMS)[1]["loss"]
+    )
