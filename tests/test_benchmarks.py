@@ -105,6 +105,17 @@ def test_the_capacity_record_compares_pairs_and_shows_no_copy_of_the_replay():
     assert large - small < record["replay_bytes"][1] / 10
 
 
+def test_the_prioritized_record_compares_pairs():
+    record = throughput.measure_prioritized(TOY_DQN, steps=3, repeats=2, fill=True)
+    assert record["benchmark"] == "dqn-prioritized"
+    assert record["warmup_env_steps"] == 100
+    uniform, prioritized = record["pairs"][0]
+    assert record["ratio"]["min"] <= prioritized / uniform * 1.001
+    uniform, prioritized = record["replay_bytes"]
+    assert prioritized > uniform  # by its sum tree
+    json.dumps(record, allow_nan=False)
+
+
 def test_env_stepping_compares_equal_work_in_turn():
     record = env_stepping.measure(env_stepping.Stepping("CartPole-v1", num_envs=8, env_steps=2_000), pairs=2)
     assert record["work"] == {"env": "CartPole-v1", "num_envs": 8, "env_steps": 2_000}

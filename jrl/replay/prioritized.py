@@ -58,9 +58,11 @@ def update_priorities(
         index: int32 ``[N]``, from the sample.
         td_error: δ, float32 ``[N]``.
         alpha: how much priorities matter; 0 is uniform.
-        eps: keeps every item drawable.
+        eps: keeps every item drawable, above 0.
     """
-    priority = (jnp.abs(td_error) + eps) ** alpha
+    # Not a power, which XLA's CPU computes one element at a time.
+    size = jnp.maximum(jnp.abs(td_error) + eps, jnp.finfo(jnp.float32).tiny)
+    priority = jnp.exp(alpha * jnp.log(size))
     return state._replace(
         tree=sum_tree.update(state.tree, index, priority),
         max_priority=jnp.maximum(state.max_priority, priority.max()),
