@@ -38,9 +38,9 @@ def update(tree: Tree, index: jax.Array, priority: jax.Array) -> Tree:
     return tuple(levels)
 
 
-def update_block(tree: Tree, start: jax.Array, size: int, priority: jax.Array) -> Tree:
-    """Set ``size`` (static) contiguous priorities from ``start`` to one value, and their sums."""
-    leaves = jax.lax.dynamic_update_slice(tree[0], jnp.full((size,), priority, jnp.float32), (start,))
+def update_block(tree: Tree, start: jax.Array, priority: jax.Array) -> Tree:
+    """Set contiguous priorities from ``start`` to ``priority`` (float32 ``[size]``), and their sums."""
+    leaves, size = jax.lax.dynamic_update_slice(tree[0], priority, (start,)), priority.shape[0]
     levels = [leaves]
     for level in tree[1:]:
         # One node more than the block is wide: it may straddle a boundary. Clamping keeps the slice inside;
