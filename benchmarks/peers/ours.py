@@ -1,4 +1,4 @@
-"""jrl's side: one run, or members vmapped, or members sharded over CPU devices."""
+"""jrl's side: one run, or members vmapped, all or some at a time, or members sharded over CPU devices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
         key = jax.random.key(seed)
         return key if work.seeds == 1 else jax.random.split(key, work.seeds)
 
-    whole = train if work.seeds == 1 else jax.vmap(train, in_axes=(0, None))
+    def in_turn(keys: Any, hparams: Any) -> Any:
+        return jax.lax.map(lambda key: train(key, hparams), keys, batch_size=work.at_once)
+
+    together = jax.vmap(train, in_axes=(0, None))
+    whole = train if work.seeds == 1 else in_turn if work.at_once else together
     if work.devices > 1:
         # Members share nothing, so that no device waits for another.
         mesh, members = Mesh(np.array(devices), "members"), PartitionSpec("members")
