@@ -1,9 +1,10 @@
-"""Throughput of jrl alone: whole trainings, compile time, and DQN's time per step over replay capacity.
+"""Throughput of jrl alone: whole trainings, compile time, and DQN's time per step over the kind of replay.
 
     python benchmarks/throughput.py ppo --num-envs 64 --unroll-length 128 --core 0
     python benchmarks/throughput.py dqn --num-envs 10 --core 0
     python benchmarks/throughput.py compile --algorithm ppo --core 0
     python benchmarks/throughput.py dqn-capacity --core 0
+    python benchmarks/throughput.py dqn-prioritized --capacity 1000000 --fill --core 0
 
 A repeat is a whole training from a fresh key, initialisation and (DQN) warm-up included, compiled beforehand
 and timed until its results are ready. Each command appends one JSON line to ``benchmarks/results/``, raw
@@ -71,8 +72,11 @@ DEFAULTS = {
 # ------------------------------------------------------------------------------------------ what is measured
 
 
-def build(work: Work) -> tuple[Any, Any, Any, int]:
-    """Return ``(env, algo, hparams, num_steps)`` of jrl for ``work``; the peers' own settings, nothing tuned."""
+def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
+    """Return ``(env, algo, hparams, num_steps)`` of jrl for ``work``; the peers' own settings, nothing tuned.
+
+    ``choices`` are further fields of DQN's config.
+    """
     import jax
     import numpy as np
     import optax
@@ -98,6 +102,7 @@ def build(work: Work) -> tuple[Any, Any, Any, int]:
             warmup_env_steps=work.warmup_env_steps,
             double=False,
             layer_norm=False,
+            **choices,
         )
         hparams = jrl.dqn.HParams(
             learning_rate=work.learning_rate,
@@ -199,22 +204,52 @@ def measure_training(work: Work, repeats: int) -> dict[str, Any]:
 
 
 def measure_capacity(work: Work, capacities: Sequence[int], steps: int, repeats: int, fill: bool) -> dict:
-    """Time DQN's steps at two capacities in turn; the ratio is that of each pair.
+    """Time DQN's steps at two capacities in turn; see :func:`measure_steps`.
 
-    The state is donated from call to call, as the driver does, so that the replay is updated in place.
     ``fill`` begins with a full replay at both capacities instead of with an equal warm-up: then the larger
     one has outgrown the processor's caches.
+    """
+    sides = [(with_capacity(work, capacity, fill), {}) for capacity in capacities]
+    return {
+        **header("dqn-capacity", work),
+        "capacities": list(capacities),
+        "full": fill,
+        "warmup_env_steps": [one.warmup_env_steps for one, _ in sides],
+        **measure_steps(sides, steps, repeats),
+    }
+
+
+def measure_prioritized(work: Work, steps: int, repeats: int, fill: bool) -> dict[str, Any]:
+    """Time the steps of DQN with uniform and with prioritised replay in turn; see :func:`measure_steps`."""
+    one = with_capacity(work, work.capacity, fill)
+    return {
+        **header("dqn-prioritized", work),
+        "full": fill,
+        "warmup_env_steps": one.warmup_env_steps,
+        **measure_steps([(one, {}), (one, {"prioritized": True})], steps, repeats),
+    }
+
+
+def with_capacity(work: Work, capacity: int, fill: bool) -> Work:
+    """Return ``work`` with a replay of ``capacity``, full after the warm-up if ``fill``, and one step to take."""
+    warmup = capacity if fill else work.warmup_env_steps
+    env_steps = -(-warmup // work.num_envs) * work.num_envs + work.num_envs
+    return dataclasses.replace(work, capacity=capacity, warmup_env_steps=warmup, env_steps=env_steps)
+
+
+def measure_steps(sides: Sequence[tuple[Work, dict[str, Any]]], steps: int, repeats: int) -> dict[str, Any]:
+    """Time the steps of two DQNs in turn; the ratio is that of each pair, the second's to the first's.
+
+    A side is its work and what it changes of the config. The state is donated from call to call, as the driver
+    does, so that the replay is updated in place.
     """
     import jax
 
     import jrl
 
-    works, runs, states, compiled = [], [], [], []
-    for capacity in capacities:
-        warmup = capacity if fill else work.warmup_env_steps
-        one = dataclasses.replace(work, capacity=capacity, warmup_env_steps=warmup)
-        one = dataclasses.replace(one, env_steps=-(-warmup // one.num_envs) * one.num_envs + one.num_envs)
-        _, algo, hparams, _ = build(one)
+    runs, states, compiled = [], [], []
+    for work, choices in sides:
+        _, algo, hparams, _ = build(work, **choices)
         state = jax.jit(algo.init)(jax.random.key(0), hparams)
 
         def chunk(state: Any, hparams: Any, algo: Any = algo) -> Any:
@@ -223,7 +258,6 @@ def measure_capacity(work: Work, capacities: Sequence[int], steps: int, repeats:
         compiled.append(jax.jit(chunk, donate_argnums=0).lower(state, hparams).compile())
         runs.append(lambda state, run=compiled[-1], hparams=hparams: run(state, hparams))
         states.append(state)
-        works.append(one)
     pairs, cpu_pairs = [], []
     for pair in range(repeats + 1):
         seconds, cpu_seconds = [], []
@@ -235,14 +269,10 @@ def measure_capacity(work: Work, capacities: Sequence[int], steps: int, repeats:
             pairs.append([round(wall / steps * 1e6, 3) for wall in seconds])
             cpu_pairs.append([round(cpu / steps * 1e6, 3) for cpu in cpu_seconds])
     return {
-        **header("dqn-capacity", work),
-        "capacities": list(capacities),
-        "full": fill,
-        "warmup_env_steps": [one.warmup_env_steps for one in works],
         "steps": steps,
         "microseconds_per_step": [spread(column) for column in zip(*pairs, strict=True)],
-        "ratio": spread([large / small for small, large in pairs]),
-        "cpu_ratio": spread([large / small for small, large in cpu_pairs]),
+        "ratio": spread([second / first for first, second in pairs]),
+        "cpu_ratio": spread([second / first for first, second in cpu_pairs]),
         "replay_bytes": [sum(leaf.nbytes for leaf in jax.tree.leaves(state.replay)) for state in states],
         "temporary_bytes": [one.memory_analysis().temp_size_in_bytes for one in compiled],
         "machine": machine(),
@@ -277,6 +307,9 @@ def measure_compile(work: Work, repeats: int) -> dict[str, Any]:
     return {**header("compile", work), **summary, "repeats": rows}
 
 
+STEPS = ("dqn-capacity", "dqn-prioritized")
+
+
 def add_work_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Work):
         if field.name != "algorithm":
@@ -303,14 +336,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("ppo", "dqn", "compile", "dqn-capacity"))
+    parser.add_argument("what", nargs="?", choices=("ppo", "dqn", "compile", *STEPS))
     add_work_flags(parser)
     parser.add_argument("--algorithm", choices=tuple(DEFAULTS), default="ppo", help="for compile")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--capacities", type=int, nargs=2, default=[10_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-capacity: steps of a repeat")
-    parser.add_argument("--fill", action="store_true", help="for dqn-capacity: begin with full replays")
+    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-…: steps of a repeat")
+    parser.add_argument("--fill", action="store_true", help="for dqn-…: begin with full replays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--compile-once", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -318,18 +351,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compile_once(Work(**json.loads(arguments.compile_once)))))
         return
     if arguments.what is None:
-        parser.error("say what to measure: ppo, dqn, compile or dqn-capacity")
+        parser.error("say what to measure: ppo, dqn, compile, dqn-capacity or dqn-prioritized")
     pin(arguments.core)
     from jrl import xla
 
     xla.configure()
-    if arguments.what == "dqn-capacity":
-        work = work_from(arguments, "dqn")
-        record = measure_capacity(
-            work, arguments.capacities, arguments.steps, arguments.repeats, arguments.fill
-        )
+    if arguments.what in STEPS:
+        work, name = work_from(arguments, "dqn"), arguments.what
+        how = arguments.steps, arguments.repeats, arguments.fill
+        if name == "dqn-capacity":
+            record = measure_capacity(work, arguments.capacities, *how)
+        else:
+            record = measure_prioritized(work, *how)
         print(f"ratio {record['ratio']}, of processor time {record['cpu_ratio']}")
-        name = "dqn-capacity"
     elif arguments.what == "compile":
         record = measure_compile(work_from(arguments, arguments.algorithm), arguments.repeats)
         print({key: value for key, value in record.items() if key.endswith("_seconds")})

@@ -1,5 +1,7 @@
 """The benchmarks at toy size: that they run, and that their records say what a record must say."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -103,6 +105,17 @@ def test_the_capacity_record_compares_pairs_and_shows_no_copy_of_the_replay():
     assert record["ratio"]["min"] <= large / small * 1.001
     small, large = record["temporary_bytes"]
     assert large - small < record["replay_bytes"][1] / 10
+
+
+def test_the_prioritized_record_compares_pairs():
+    record = throughput.measure_prioritized(TOY_DQN, steps=3, repeats=2, fill=True)
+    assert record["benchmark"] == "dqn-prioritized"
+    assert record["warmup_env_steps"] == 100
+    uniform, prioritized = record["pairs"][0]
+    assert record["ratio"]["min"] <= prioritized / uniform * 1.001
+    uniform, prioritized = record["replay_bytes"]
+    assert prioritized > uniform  # by its sum tree
+    json.dumps(record, allow_nan=False)
 
 
 def test_env_stepping_compares_equal_work_in_turn():
@@ -238,6 +251,15 @@ def test_members_over_two_devices():
     assert 1 <= returns["training_return"] <= 64
     assert 1 <= returns["episode_return"] <= 500
     assert 1 <= returns["sampled_return"] <= 500
+
+
+def test_members_in_turn_are_those_side_by_side():
+    work = peers.Work(**TOY_PPO | {"env_steps": 64}, seeds=3, hidden_sizes=(4,))
+    results = []
+    for at_once in (0, 2):
+        training = ours.training("ppo", dataclasses.replace(work, at_once=at_once), None)
+        results.append(training.run(training.prepare(0))[0].params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *results)
 
 
 def test_devices_that_are_not_there_are_refused():

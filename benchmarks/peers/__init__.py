@@ -44,6 +44,8 @@ class Work:
     """Of one member."""
     seeds: int = 1
     """Members that train side by side, vmapped."""
+    at_once: int = 0
+    """Of jrl's members, how many at a time on each device; the others follow. 0: all."""
     devices: int = 1
     """CPU devices over which jrl's members, or the environments of its one run, are sharded; the other side has one."""
     num_envs: int = 64

@@ -36,7 +36,9 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
     if work.seeds > 1:
         mesh = program.mesh(devices)
         hparams = sweep.broadcast(hparams, work.seeds)
-        whole = program.sharded(batching.over_members(train, planning.choose_width("auto", devices)), mesh)
+        whole = program.sharded(
+            batching.over_members(train, work.at_once or planning.choose_width("auto", devices)), mesh
+        )
     compiled, facts = compile_program(jax.jit(whole), prepare(0), hparams)
 
     def returns(result: Any, seed: int) -> dict[str, float | None]:

@@ -53,6 +53,10 @@ class Config:
     """Transitions a gradient step."""
     capacity: int = 50_000
     """Transitions the replay holds (rounded up to whole blocks of num_envs × unroll_length)."""
+    truncation_gap: int = 16
+    """Steps between two time limits that cut episodes of one environment, at least. The replay keeps each observation
+    once, and in so many steps room for one more, where a cut episode had come to; of two cuts within fewer steps one
+    is not learned from. With 1 all are, at twice the memory for observations."""
     warmup_env_steps: int = 10_000
     """Environment steps taken with random actions before the first update, within init."""
     n_step: int = 1
@@ -82,7 +86,7 @@ class Config:
 
     def __post_init__(self) -> None:
         checks.sizes(self, "num_envs", "unroll_length", "num_updates", "batch_size", "capacity", "n_step")
-        checks.sizes(self, "warmup_env_steps")
+        checks.sizes(self, "warmup_env_steps", "truncation_gap")
         if self.capacity < self.batch_size:
             raise ValueError(
                 f"capacity={self.capacity} is smaller than batch_size={self.batch_size}: the replay must hold at "
@@ -181,6 +185,7 @@ def make(
             f"dqn on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
             "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
         )
+    action_dtype = _narrowest(env.action.n)
     envs = vectorize(env, config.num_envs)
     network = (
         networks.q_network(env, config, dueling=config.dueling, features_first=True)
@@ -219,15 +224,30 @@ def make(
         start = rollout.start(reset_key, envs, env_params, config.num_envs)
         params = network.init(network_key, start.obs, ())
         explore = Policy(act, (params, jnp.float32(1.0)))
-        start, transitions, _ = collect(warmup_key, explore, start, hparams, warmup_length)
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), transitions)
+
+        def fill(
+            carry: tuple[rollout.RolloutState, PyTree], key: Key
+        ) -> tuple[tuple[rollout.RolloutState, PyTree], None]:
+            start, memory = carry
+            start, transitions, _ = collect(key, explore, start, hparams, config.unroll_length)
+            return (start, buffer.add(memory, transitions)), None
+
+        # Block by block: the whole warm-up at once would be held a second time beside the replay.
+        keys = jax.random.split(warmup_key, warmup_length // config.unroll_length)
+        _, block, _ = jax.eval_shape(
+            lambda key: collect(key, explore, start, hparams, config.unroll_length), warmup_key
+        )
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), block)
+        one = one._replace(action=jax.ShapeDtypeStruct((), action_dtype))
+        empty = buffer.init(one, rows, config.num_envs, config.truncation_gap)
+        (start, memory), _ = jax.lax.scan(fill, (start, empty), keys)
         return State(
             params=params,
             # A copy of its own: two leaves of one buffer could not both be donated.
             target_params=jax.tree.map(jnp.copy, params),
             opt_state=optimizer(hparams, jnp.float32(0)).init(params),
             rollout=start,
-            replay=buffer.add(buffer.init(one, rows, config.num_envs), transitions),
+            replay=memory,
             since_target=jnp.float32(0),
             env_steps=ops.counter.add(ops.counter.zero(), warmup_length * config.num_envs),
             key=state_key,
@@ -346,3 +366,8 @@ def make(
         return Policy(act, (state.params, jnp.float32(0.0 if greedy else epsilon)))
 
     return Algorithm(init, step, policy, block_steps, env)
+
+
+def _narrowest(num_actions: int) -> Any:
+    """Return the narrowest dtype of an action, which shares a word with the flags in the replay."""
+    return jnp.uint8 if num_actions <= 2**8 else jnp.uint16 if num_actions <= 2**16 else jnp.int32

@@ -18,18 +18,21 @@ class PrioritizedState(NamedTuple):
     max_priority: Array
 
 
-def init(spec: Transition, rows: int, num_envs: int) -> PrioritizedState:
+def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> PrioritizedState:
     """Return an empty ring, see :func:`jrl.replay.uniform.init`."""
     return PrioritizedState(
-        uniform.init(spec, rows, num_envs), sum_tree.init(rows * num_envs), jnp.float32(1.0)
+        uniform.init(spec, rows, num_envs, gap), sum_tree.init((rows + 1) * num_envs), jnp.float32(1.0)
     )
 
 
 def add(state: PrioritizedState, transitions: Transition) -> PrioritizedState:
     """Write a block ``[T, B, ...]`` with the largest priority seen, so that each item is likely drawn once."""
     length, num_envs = transitions.reward.shape
-    start = state.ring.row * num_envs
-    tree = sum_tree.update_block(state.tree, start, length * num_envs, state.max_priority)
+    # The row under way, behind the block, can not be drawn.
+    priority = jnp.append(
+        jnp.full((length * num_envs,), state.max_priority), jnp.zeros((num_envs,), jnp.float32)
+    )
+    tree = sum_tree.update_block(state.tree, state.ring.row * num_envs, priority)
     return state._replace(ring=uniform.add(state.ring, transitions), tree=tree)
 
 
@@ -58,9 +61,11 @@ def update_priorities(
         index: int32 ``[N]``, from the sample.
         td_error: δ, float32 ``[N]``.
         alpha: how much priorities matter; 0 is uniform.
-        eps: keeps every item drawable.
+        eps: keeps every item drawable, above 0.
     """
-    priority = (jnp.abs(td_error) + eps) ** alpha
+    # Not a power, which XLA's CPU computes one element at a time.
+    size = jnp.maximum(jnp.abs(td_error) + eps, jnp.finfo(jnp.float32).tiny)
+    priority = jnp.exp(alpha * jnp.log(size))
     return state._replace(
         tree=sum_tree.update(state.tree, index, priority),
         max_priority=jnp.maximum(state.max_priority, priority.max()),

@@ -1,9 +1,16 @@
-"""A ring of transitions with uniform sampling.
+"""A ring of transitions with uniform sampling, which keeps each observation once.
 
 The ring is flat, ``[rows · B, words]``, a row being one time step of all ``B`` environments and an item one
-packed transition, so that the successor of item ``i`` in its own environment is item ``i + B``. Adding writes
-one contiguous block at a position that never wraps: in a donated or scanned state XLA does it in place.
-Sampling reads O(batch) items, each from one place.
+packed step and where it started, so that the successor of item ``i`` in its own environment is item ``i + B``. Behind
+the newest row lies a row under way, of which only the observations count: where the newest steps led.
+
+Where an episode ends, the next item starts anew. What a terminated step led to has no value and is not kept; what a
+truncated step led to is kept in a slot beside the ring, one for each ``gap`` steps of an environment. That is exact
+unless an environment is truncated twice within ``gap`` steps; then the slot may have been lost to the other, its tag
+says so, and the window gets no weight.
+
+Adding writes one contiguous block at a position that never wraps, and slots: in a donated or scanned state XLA
+does it in place. Sampling reads O(batch) items, each from two places.
 """
 
 from __future__ import annotations
@@ -20,16 +27,18 @@ from jrl.types import Array, Key, PyTree, Transition
 
 
 class Layout(NamedTuple):
-    """How one item's words divide: the numbers and flags of its step, where it started, where it led."""
+    """What a ring is made of: the words of an item, its rows of ``B`` items, and the steps that share a slot."""
 
     step: packing.Layout
     obs: packing.Layout
-    next_obs: packing.Layout
+    rows: int
+    num_envs: int
+    gap: int
 
     @property
     def words(self) -> int:
         """32-bit words of an item."""
-        return self.step.words + self.obs.words + self.next_obs.words
+        return self.step.words + self.obs.words
 
 
 @functools.partial(
@@ -37,9 +46,13 @@ class Layout(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class UniformState:
-    """The ring: ``storage`` uint32 ``[rows · B, words]``, the ``row`` written next, ``filled`` rows.
+    """The ring.
 
-    ``layout`` is static. :func:`read` gives back transitions.
+    Attributes:
+        storage: uint32 ``[items, words]``: the rows, one more for what the last row led to, and the slots.
+        row: int32 ``[]``, the row under way, which is written next.
+        filled: int32 ``[]``, the rows held, those before ``row``.
+        layout: static. :func:`read` gives back transitions.
     """
 
     storage: Array
@@ -57,8 +70,10 @@ class Sample(NamedTuple):
         length: int32 ``[N]``, the steps ``k`` really taken: the window stops at either flag, and at the
             newest item.
         terminated: bool ``[N]``, whether the window's last step terminated.
-        next_obs: the true successor of the window's last step, ``[N, ...]``.
-        weight: importance weight, float32 ``[N]`` (1 for uniform sampling).
+        next_obs: the true successor of the window's last step, ``[N, ...]``; where that terminated, a state of
+            no meaning, since its value is 0.
+        weight: importance weight, float32 ``[N]`` (1 for uniform sampling); 0 where ``next_obs`` was lost, see
+            the module.
         position: int32 ``[N]``, where in the ring the window starts.
     """
 
@@ -73,57 +88,73 @@ class Sample(NamedTuple):
 
 
 def num_rows(capacity: int, num_envs: int, block_length: int) -> int:
-    """Return the rows of a ring of at least ``capacity`` items whose blocks of rows never wrap."""
+    """Return the rows of a ring that holds ``capacity`` items beside the row under way; its blocks never wrap."""
     block = num_envs * block_length
-    return -(-capacity // block) * block_length
+    return -(-(capacity + num_envs) // block) * block_length
 
 
-def init(spec: Transition, rows: int, num_envs: int) -> UniformState:
+def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> UniformState:
     """Return an empty ring.
 
     Args:
-        spec: shapes and dtypes of one transition (leaves ShapeDtypeStruct); the ring keeps these dtypes.
-        rows: time steps kept.
+        spec: shapes and dtypes of one transition (leaves ShapeDtypeStruct); the ring keeps these dtypes, those of
+            ``obs`` for ``next_obs`` too.
+        rows: time steps, of which one is under way: ``rows - 1`` are held.
         num_envs: ``B``.
+        gap: steps of an environment that share a slot for what a truncated step led to; 1 is exact whatever
+            comes, and needs twice the memory for observations.
 
     Raises:
         TypeError: a leaf is neither a bool, an integer nor a float of 8 to 64 bits.
+        ValueError: there are not two rows, or ``gap`` is below 1.
     """
+    if rows < 2:
+        raise ValueError(
+            f"a replay of rows={rows} holds nothing, as one row is under way: give it at least 2."
+        )
+    if gap < 1:
+        raise ValueError(f"a replay with gap={gap}: a slot is shared by at least 1 step.")
     layout = Layout(
-        packing.layout(spec._replace(obs=(), next_obs=())),
-        packing.layout(spec.obs),
-        packing.layout(spec.next_obs),
+        packing.layout(spec._replace(obs=(), next_obs=())), packing.layout(spec.obs), rows, num_envs, gap
     )
-    storage = jnp.zeros((rows * num_envs, layout.words), jnp.uint32)
-    return UniformState(storage, jnp.int32(0), jnp.int32(0), layout)
+    items = (rows + 1 + -(-rows // gap)) * num_envs
+    return UniformState(jnp.zeros((items, layout.words), jnp.uint32), jnp.int32(0), jnp.int32(0), layout)
 
 
 def add(state: UniformState, transitions: Transition) -> UniformState:
     """Write a block of transitions ``[T, B, ...]`` over the oldest ones.
 
-    ``T`` must divide the rows, and every add the same ``T`` (or a multiple): then no block wraps.
+    Blocks follow each other: each begins where the one before it led to, or with a new episode. ``T`` must divide
+    the rows, and every add the same ``T`` (or a multiple): then no block wraps.
 
     Raises:
-        ValueError: the block is larger than the ring, or its rows do not divide the ring's.
+        ValueError: the block is larger than the ring.
     """
+    layout = state.layout
     length, num_envs = transitions.reward.shape
-    rows = state.storage.shape[0] // num_envs
-    if length > rows:
-        raise ValueError(f"a block of {length} rows does not fit a replay of {rows}: raise the capacity.")
+    if length > layout.rows:
+        raise ValueError(
+            f"a block of {length} rows does not fit a replay of {layout.rows}: raise the capacity."
+        )
     items = jax.tree.map(lambda leaf: leaf.reshape(length * num_envs, *leaf.shape[2:]), transitions)
+    obs, next_obs = layout.obs.pack(items.obs), layout.obs.pack(items.next_obs)
+    step = layout.step.pack(items._replace(obs=(), next_obs=()))
+    ahead = jnp.zeros((num_envs, layout.step.words), jnp.uint32)
     block = jnp.concatenate(
-        [
-            state.layout.step.pack(items._replace(obs=(), next_obs=())),
-            state.layout.obs.pack(items.obs),
-            state.layout.next_obs.pack(items.next_obs),
-        ],
-        axis=1,
+        [jnp.concatenate([step, ahead]), jnp.concatenate([obs, next_obs[-num_envs:]])], axis=1
     )
+    start = state.row * num_envs
+    storage = jax.lax.dynamic_update_slice(state.storage, block, (start, 0))
+    index = start + jnp.arange(length * num_envs)
+    tag = jnp.zeros_like(step).at[:, 0].set(index.astype(jnp.uint32))
+    cut = (items.truncated & ~items.terminated).reshape(-1)
+    slot = jnp.where(cut, _slot(layout, index), state.storage.shape[0])
+    storage = storage.at[slot].set(jnp.concatenate([tag, next_obs], axis=1), mode="drop")
     return dataclasses.replace(
         state,
-        storage=jax.lax.dynamic_update_slice(state.storage, block, (state.row * num_envs, 0)),
-        row=(state.row + length) % rows,
-        filled=jnp.minimum(state.filled + length, rows),
+        storage=storage,
+        row=(state.row + length) % layout.rows,
+        filled=jnp.minimum(state.filled + length, layout.rows - 1),
     )
 
 
@@ -140,63 +171,76 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
         n: steps of a window at most, static.
     """
     held = (state.filled * num_envs).astype(jnp.uint32)
-    index = (jax.random.bits(key, (batch_size,), jnp.uint32) % held).astype(jnp.int32)
+    age = (jax.random.bits(key, (batch_size,), jnp.uint32) % held).astype(jnp.int32)
+    oldest = (state.row - state.filled) % state.layout.rows * num_envs
+    index = (oldest + age) % (state.layout.rows * num_envs)
     return window(state, index, num_envs, n, jnp.ones((batch_size,), jnp.float32))
 
 
 def read(state: UniformState, index: Array) -> Transition:
-    """Return the transitions at ``index`` (int32 ``[N]``, within the ring), leaves ``[N, ...]``."""
-    layout = state.layout
-    step, obs, next_obs = jnp.split(
-        _gather(state.storage, index, 0, layout.words),
-        (layout.step.words, layout.step.words + layout.obs.words),
-        axis=1,
-    )
-    return layout.step.unpack(step)._replace(
-        obs=layout.obs.unpack(obs), next_obs=layout.next_obs.unpack(next_obs)
-    )
+    """Return the transitions at ``index`` (int32 ``[N]``, held), leaves ``[N, ...]``, see :class:`Sample`."""
+    step, obs = _unpack(state.layout, _gather(state.storage, index, state.layout.words))
+    next_obs, _ = _successor(state, index, step.truncated & ~step.terminated)
+    return step._replace(obs=obs, next_obs=next_obs)
 
 
 def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Array) -> Sample:
     """Gather the windows that start at ``index`` (int32 ``[N]``), see :class:`Sample`."""
-    items, words = state.storage.shape
-    rows = items // num_envs
-    first = read(state, index)
+    layout = state.layout
+    items = layout.rows * num_envs
+    start, obs = _unpack(layout, _gather(state.storage, index, layout.words))
     # Steps from the window's start to the newest row: a window must not run into the oldest ones behind it.
-    available = (state.row - 1 - index // num_envs) % rows
-    rewards = [first.reward]
-    terminated, last = first.terminated, index
-    ongoing = ~(terminated | first.truncated)
+    available = (state.row - 1 - index // num_envs) % layout.rows
+    rewards = [start.reward]
+    terminated, truncated, last = start.terminated, start.truncated, index
+    ongoing = ~(terminated | truncated)
     length = jnp.ones_like(index)
     for k in range(1, n):
         ongoing &= k <= available
         position = (index + k * num_envs) % items
-        step = state.layout.step.unpack(_gather(state.storage, position, 0, state.layout.step.words))
+        step = layout.step.unpack(_gather(state.storage, position, layout.step.words))
         rewards.append(jnp.where(ongoing, step.reward, 0.0))
         terminated = jnp.where(ongoing, step.terminated, terminated)
+        truncated = jnp.where(ongoing, step.truncated, truncated)
         last = jnp.where(ongoing, position, last)
         length += ongoing
         ongoing &= ~(step.terminated | step.truncated)
-    next_obs = first.next_obs
-    if n > 1:
-        start = words - state.layout.next_obs.words
-        next_obs = state.layout.next_obs.unpack(_gather(state.storage, last, start, words))
+    next_obs, lost = _successor(state, last, truncated & ~terminated)
     return Sample(
-        obs=first.obs,
-        action=first.action,
+        obs=obs,
+        action=start.action,
         rewards=jnp.stack(rewards),
         length=length,
         terminated=terminated,
         next_obs=next_obs,
-        weight=weight,
+        weight=jnp.where(lost, 0.0, weight),
         position=index,
     )
 
 
-def _gather(storage: Array, index: Array, start: int, stop: int) -> Array:
-    """Return ``storage[index, start:stop]``, reading no other word; ``index`` is within bounds."""
-    starts = jnp.stack([index, jnp.full_like(index, start)], axis=-1)
+def _unpack(layout: Layout, items: Array) -> tuple[Transition, PyTree]:
+    """Return what items ``[N, words]`` hold: the step, without observations, and where it started."""
+    step, obs = jnp.split(items, (layout.step.words,), axis=1)
+    return layout.step.unpack(step), layout.obs.unpack(obs)
+
+
+def _successor(state: UniformState, index: Array, cut: Array) -> tuple[PyTree, Array]:
+    """Return what the items at ``index`` led to, from the slots where ``cut``, and whether the slot was lost."""
+    layout = state.layout
+    at = jnp.where(cut, _slot(layout, index), index + layout.num_envs)
+    ahead = _gather(state.storage, at, layout.words)
+    return layout.obs.unpack(ahead[:, layout.step.words :]), cut & (ahead[:, 0] != index.astype(jnp.uint32))
+
+
+def _slot(layout: Layout, index: Array) -> Array:
+    """Return where in the storage lies what a truncated item led to; its tag, the first word, is the item."""
+    row, env = index // layout.num_envs, index % layout.num_envs
+    return (layout.rows + 1 + row // layout.gap) * layout.num_envs + env
+
+
+def _gather(storage: Array, index: Array, words: int) -> Array:
+    """Return ``storage[index, :words]``, reading no other word; ``index`` is within bounds."""
     numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
-    return jax.lax.gather(storage, starts, numbers, slice_sizes=(1, stop - start), mode="promise_in_bounds")
+    return jax.lax.gather(storage, index[:, None], numbers, slice_sizes=(1, words), mode="promise_in_bounds")

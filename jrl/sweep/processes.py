@@ -7,10 +7,6 @@ table and takes the same decisions; the first process writes it.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,22 +23,6 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         RuntimeError: the others do not answer, or nothing says who they are.
     """
     jax.distributed.initialize(coordinator, num_processes, process_id)
-    with _silent_output():
-        barrier("joined")
-
-
-@contextlib.contextmanager
-def _silent_output() -> Iterator[None]:
-    """Keep what the collectives' library prints at its first use, past Python, off the command's output."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def alone() -> bool:

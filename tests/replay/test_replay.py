@@ -19,13 +19,15 @@ def stream(rows: int, num_envs: int, seed: int = 0) -> Transition:
     env = np.ones((rows, 1)) * np.arange(num_envs)[None]
     obs = np.stack([step, env], -1).astype(np.float32)
     shape = (rows, num_envs)
+    terminated, truncated = rng.random(shape) < 0.15, rng.random(shape) < 0.15
+    cut = np.where((terminated | truncated)[..., None], [0.5, 0.0], [1.0, 0.0])
     return Transition(
         obs=jnp.asarray(obs),
         action=jnp.asarray(rng.integers(0, 3, shape), jnp.int32),
         reward=jnp.asarray(rng.normal(size=shape), jnp.float32),
-        terminated=jnp.asarray(rng.random(shape) < 0.15),
-        truncated=jnp.asarray(rng.random(shape) < 0.15),
-        next_obs=jnp.asarray(obs + np.array([0.5, 0.0], np.float32)),
+        terminated=jnp.asarray(terminated),
+        truncated=jnp.asarray(truncated),
+        next_obs=jnp.asarray(obs + cut, jnp.float32),
         extras=(),
     )
 
@@ -54,26 +56,58 @@ def window_oracle(transitions: Transition, t: int, b: int, newest: int, n: int):
 @pytest.mark.parametrize("written", [6, 12, 20])
 def test_windows_equal_a_slow_loop(n, written):
     """Before the ring is full, when just full, and after it has wrapped."""
-    rows, num_envs, length = 12, 3, 2
-    transitions = stream(written, num_envs)
-    state = replay.uniform.init(spec(transitions), rows, num_envs)
-    add = jax.jit(replay.uniform.add)
-    for start in range(0, written, length):
-        state = add(state, block(transitions, start, length))
-    sample = jax.jit(lambda key: replay.uniform.sample(key, state, 200, num_envs, n))(jax.random.key(0))
+    rows, num_envs = 12, 3
+    sample, transitions = drawn(rows, num_envs, n, written)
     seen = set()
     for i in range(200):
         t, b = (int(x) for x in sample.obs[i])
         seen.add((t, b))
-        assert max(0, written - rows) <= t < written
+        assert max(0, written - rows + 1) <= t < written  # one row is under way
         reward, k, terminated, next_obs = window_oracle(transitions, t, b, written - 1, n)
         powers = GAMMA ** np.arange(n)
         np.testing.assert_allclose(powers @ np.asarray(sample.rewards)[:, i], reward, rtol=1e-5, atol=1e-6)
         assert sample.length[i] == k
         assert bool(sample.terminated[i]) == terminated
-        np.testing.assert_array_equal(sample.next_obs[i], next_obs)
+        if not terminated:
+            np.testing.assert_array_equal(sample.next_obs[i], next_obs)
         assert sample.action[i] == transitions.action[t, b]
-    assert len(seen) == min(written, rows) * num_envs  # every item held can be drawn
+    assert len(seen) == min(written, rows - 1) * num_envs  # every item held can be drawn
+    assert (sample.weight == 1).all()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_truncation_whose_slot_went_to_another_gets_no_weight(n):
+    """Of those of one environment in the same ``gap`` rows the last one keeps its successor."""
+    rows, num_envs, gap, written = 12, 3, 4, 20
+    sample, transitions = drawn(rows, num_envs, n, written, gap)
+    cut = np.asarray(transitions.truncated & ~transitions.terminated)
+    lost = 0
+    for i in range(200):
+        t, b = (int(x) for x in sample.obs[i])
+        _, k, terminated, next_obs = window_oracle(transitions, t, b, written - 1, n)
+        last = t + k - 1
+        same_slot = [
+            u for u in range(last + 1, written) if u % rows // gap == last % rows // gap and u - last < gap
+        ]
+        if cut[last, b] and cut[same_slot, b].any():
+            assert sample.weight[i] == 0
+            lost += 1
+        else:
+            assert sample.weight[i] == 1
+            if not terminated:
+                np.testing.assert_array_equal(sample.next_obs[i], next_obs)
+    assert 0 < lost < 50
+
+
+def drawn(rows: int, num_envs: int, n: int, written: int, gap: int = 1):
+    """200 windows from a ring that ``written`` rows have gone into, two at a time, and those rows."""
+    transitions = stream(written, num_envs)
+    state = replay.uniform.init(spec(transitions), rows, num_envs, gap)
+    add = jax.jit(replay.uniform.add)
+    for start in range(0, written, 2):
+        state = add(state, block(transitions, start, 2))
+    sample = jax.jit(lambda key: replay.uniform.sample(key, state, 200, num_envs, n))(jax.random.key(0))
+    return sample, transitions
 
 
 def test_what_is_read_is_what_was_written():
@@ -94,7 +128,13 @@ def test_what_is_read_is_what_was_written():
         "clock": bits(np.int16),
         "empty": jnp.zeros((*shape, 0), jnp.int8),
     }
-    transitions = stream(4, 2)._replace(obs=board, next_obs=board, extras={"ticks": bits(np.int32)})
+    # What a step led to comes back too, unless it terminated: from the next item, or from the slot.
+    ahead = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[:1]]), board)
+    flags = {
+        "terminated": jnp.zeros(shape, bool),
+        "truncated": jnp.asarray([[0, 1], [0, 0], [1, 0], [1, 1]], bool),
+    }
+    transitions = stream(4, 2)._replace(obs=board, next_obs=ahead, extras={"ticks": bits(np.int32)}, **flags)
     state = replay.uniform.init(spec(transitions), 4, 2)
     state = jax.jit(replay.uniform.add)(state, transitions)
     read = jax.jit(replay.uniform.read)(state, jnp.arange(8)[::-1])
@@ -104,13 +144,14 @@ def test_what_is_read_is_what_was_written():
     assert jax.tree.map(lambda leaf: leaf.dtype, read) == jax.tree.map(lambda leaf: leaf.dtype, transitions)
 
 
-def test_narrow_leaves_share_words():
+def test_observations_are_kept_once_and_narrow_leaves_share_words():
     transitions = stream(4, 2)._replace(
-        obs=jnp.zeros((4, 2, 6), jnp.uint8), next_obs=jnp.zeros((4, 2, 6), bool)
+        obs=jnp.zeros((4, 2, 6), jnp.uint8), next_obs=jnp.zeros((4, 2, 6), jnp.uint8)
     )
-    state = replay.uniform.init(spec(transitions), 4, 2)
-    # action, reward, both flags in one word; two observations of six bytes.
-    assert state.storage.shape == (8, 3 + 2 + 2)
+    narrow = spec(transitions)._replace(action=jax.ShapeDtypeStruct((), jnp.uint8))
+    state = replay.uniform.init(narrow, 32, 2, gap=16)
+    # Reward, action and both flags in one word, an observation of six bytes; rows, one ahead, two of slots.
+    assert state.storage.shape == ((32 + 1 + 2) * 2, 1 + 1 + 2)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "int4", "key<fry>"])
@@ -122,8 +163,8 @@ def test_leaves_that_are_no_numbers_are_refused(dtype):
 
 
 def test_capacity_is_rounded_up_to_whole_blocks():
-    assert replay.num_rows(10_000, 10, 1) == 1000
-    assert replay.num_rows(10_001, 10, 1) == 1001
+    assert replay.num_rows(10_000, 10, 1) == 1001  # one is under way
+    assert replay.num_rows(10_001, 10, 1) == 1002
     assert replay.num_rows(100, 4, 8) == 32
 
 
@@ -134,9 +175,16 @@ def test_a_block_larger_than_the_ring_is_refused():
         replay.uniform.add(state, transitions)
 
 
+def test_a_ring_that_could_hold_nothing_is_refused():
+    with pytest.raises(ValueError, match="a replay of rows=1 holds nothing"):
+        replay.uniform.init(spec(stream(4, 2)), 1, 2)
+    with pytest.raises(ValueError, match="a replay with gap=0: a slot is shared by at least 1 step"):
+        replay.uniform.init(spec(stream(4, 2)), 4, 2, gap=0)
+
+
 def test_prioritized_draws_and_weights_follow_the_definition():
     transitions = stream(8, 2)
-    state = replay.prioritized.init(spec(transitions), 8, 2)
+    state = replay.prioritized.init(spec(transitions), 9, 2)
     state = replay.prioritized.add(state, transitions)
     index = jnp.arange(16)
     error = jnp.linspace(0.1, 3.0, 16)
@@ -164,6 +212,18 @@ def test_new_items_get_the_largest_priority_and_empty_rows_are_never_drawn():
     np.testing.assert_allclose(leaves[:8], [5, 0.1, 0.1, 0.1, 5, 5, 5, 5], rtol=1e-5)
     sample = replay.prioritized.sample(jax.random.key(0), state, 512, 2, beta=1.0)
     assert int(sample.position.max()) < 8
+
+
+def test_the_row_under_way_is_never_drawn():
+    transitions = stream(6, 2)
+    state = replay.prioritized.init(spec(transitions), 5, 2)
+    for start in range(6):
+        state = replay.prioritized.add(state, block(transitions, start, 1))
+        sample = replay.prioritized.sample(jax.random.key(start), state, 64, 2, beta=1.0)
+        rows = set(np.asarray(sample.position) // 2)
+        # Where that is row 0, what the last row led to lies behind it instead, and row 0 is whole.
+        under_way = {(start + 1) % 5} - {0}
+        assert rows == {row % 5 for row in range(start + 1)} - under_way, start
 
 
 @pytest.mark.parametrize(
@@ -194,8 +254,9 @@ def test_the_compiled_program_holds_no_copy_of_the_replay(choices, vmapped):
     compiled = jax.jit(train, donate_argnums=0).lower(state).compile()
     ring = state.replay.ring if config.prioritized else state.replay
     num_items = ring.storage.shape[-2]
+    num_leaves = state.replay.tree[0].shape[-1] if config.prioritized else num_items
     buffer = re.compile(
-        rf"= \w+\[(3,)?({num_items}|{-(-num_items // 16) * 16})(,\d+)*\]\S* (copy|copy-start|select|concatenate)\("
+        rf"= \w+\[(3,)?({num_items}|{num_leaves})(,\d+)*\]\S* (copy|copy-start|select|concatenate)\("
     )
     copies = [line.strip() for line in compiled.as_text().splitlines() if buffer.search(line)]
     assert not copies, copies[:3]

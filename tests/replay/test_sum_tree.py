@@ -33,13 +33,13 @@ def test_updates_keep_every_sum(capacity):
 
 @pytest.mark.parametrize(("capacity", "size"), [(16, 16), (300, 7), (300, 60), (4096, 33), (10_000, 10)])
 def test_a_block_update_equals_single_ones(capacity, size):
-    block = jax.jit(sum_tree.update_block, static_argnums=2)
+    block = jax.jit(sum_tree.update_block)
     one = jax.jit(sum_tree.update)
     tree = expected = one(sum_tree.init(capacity), jnp.arange(capacity), jnp.linspace(0.5, 1.5, capacity))
     for start in {0, 1, 15, capacity // 2, capacity - size}:
         if start + size <= capacity:
-            tree = block(tree, jnp.int32(start), size, jnp.float32(start + 2.0))
-            expected = one(expected, start + jnp.arange(size), jnp.full((size,), start + 2.0))
+            tree = block(tree, jnp.int32(start), start + jnp.arange(2.0, size + 2.0))
+            expected = one(expected, start + jnp.arange(size), start + jnp.arange(2.0, size + 2.0))
             consistent(tree)
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), tree, expected)
 
