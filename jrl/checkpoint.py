@@ -167,7 +167,9 @@ def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) ->
     if any(0 not in leaf["shape"] for leaf in saved.values()):
         try:
             with _quiet_orbax() as checkpointer:
-                arrays = checkpointer.restore(path / _ARRAYS)
+                # as NumPy arrays, also what was sharded over devices or processes that are not here now
+                kinds = {leaf["path"]: _restore_as_numpy() for leaf in saved.values() if 0 not in leaf["shape"]}
+                arrays = checkpointer.restore(path / _ARRAYS, restore_args=kinds)
         except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore raise on a bad store
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             raise CorruptCheckpointError(
@@ -366,6 +368,12 @@ def _discard(path: Path) -> None:
     hidden = path.with_name(f".discarded-{path.name}-{os.getpid()}")
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _restore_as_numpy() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
 @contextlib.contextmanager
