@@ -1,6 +1,6 @@
 """Formulas: arrays in, arrays out. Loads jax and chex, and nothing else of jrl but its records."""
 
-from jrl.ops import counter
+from jrl.ops import counter, mdp
 from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, masked
 from jrl.ops.exploration import boltzmann, epsilon_greedy
 from jrl.ops.losses import (
@@ -62,6 +62,7 @@ __all__ = [
     "linear",
     "linear_schedule",
     "masked",
+    "mdp",
     "n_step_returns",
     "piecewise_schedule",
     "polynomial_schedule",
