@@ -27,6 +27,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     # ring 2
     "ppo": ("jrl.algos.ppo", None),
     "dqn": ("jrl.algos.dqn", None),
+    "tabular": ("jrl.algos.tabular", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -70,7 +71,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, testing, types
-    from jrl.algos import dqn, ppo
+    from jrl.algos import dqn, ppo, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

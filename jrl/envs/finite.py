@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.batched import OneOf, from_batched_functions, uniform
+from jrl.ops.distributions import inverse_cdf
 from jrl.ops.mdp import TabularMDP
 from jrl.types import Array, Discrete, Environment, FiniteObservation, PyTree
 
@@ -147,8 +148,8 @@ def draw(words: Array, probability: Array) -> Array:
     Returns:
         int32 ``[B]``.
     """
-    reached = jnp.cumsum(jnp.broadcast_to(probability, (len(words), probability.shape[-1])), axis=-1)
-    return jnp.sum(reached <= uniform(words, 0.0, reached[:, -1])[:, None], axis=-1, dtype=jnp.int32)
+    probability = jnp.broadcast_to(probability, (len(words), probability.shape[-1]))
+    return inverse_cdf(probability, uniform(words, 0.0, 1.0))
 
 
 def exact_model(env: Environment, gamma: Array | float, params: Any = None) -> FiniteModel | None:

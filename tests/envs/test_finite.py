@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl.envs import blackjack, counterexamples, finite, from_functions, from_mdp, grid_world, time_limit, to_mdp
+from jrl.envs import (
+    blackjack,
+    counterexamples,
+    finite,
+    from_functions,
+    from_mdp,
+    grid_world,
+    time_limit,
+    to_mdp,
+)
 from jrl.envs.wrappers import vectorize
 from jrl.ops import mdp
 from jrl.types import Discrete, FiniteObservation
