@@ -28,6 +28,8 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "ppo": ("jrl.algos.ppo", None),
     "dqn": ("jrl.algos.dqn", None),
     "tabular": ("jrl.algos.tabular", None),
+    "monte_carlo": ("jrl.algos.monte_carlo", None),
+    "linear": ("jrl.algos.linear", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -71,7 +73,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from jrl import checkpoint, envs, networks, normalize, ops, optim, replay, rollout, testing, types
-    from jrl.algos import dqn, ppo, tabular
+    from jrl.algos import dqn, linear, monte_carlo, ppo, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jrl import ops, rollout
-from jrl.algos import checks
+from jrl.algos import checks, planning
 from jrl.envs import vectorize
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Policy, PyTree
 
@@ -108,18 +108,6 @@ class HParams:
 
 
 @struct.dataclass
-class Model:
-    """What Dyna-Q has seen. ``reward`` [S, A], ``discount`` [S, A] (0 where it terminated, else 1), ``next_state``
-    int32 [S, A], ``pairs`` int32 [S·A] the pairs seen in the order of their first visit, ``num_pairs`` []."""
-
-    reward: Array
-    discount: Array
-    next_state: Array
-    pairs: Array
-    num_pairs: Array
-
-
-@struct.dataclass
 class State:
     """Everything that evolves; this is the checkpoint. What the Config does not need is ``()``.
 
@@ -200,7 +188,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
             visits=visits,
             trace=jnp.zeros(table) if traced else (),
             action=action,
-            model=empty_model(num_states, num_actions) if config.planning_updates else (),
+            model=planning.empty(num_states, num_actions) if config.planning_updates else (),
             rollout=start,
             largest_change=jnp.float32(0),
             window_env_steps=jnp.float32(0),
@@ -222,9 +210,11 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 return q[1 - coin, s, jnp.argmax(best(q[coin, s], s))]
         return best(q[s], s).max()
 
-    def plan(q: Array, uniform: Array, model: Model, hparams: HParams, alpha: Array) -> tuple[Array, Array]:
+    def plan(
+        q: Array, uniform: Array, model: planning.Model, hparams: HParams, alpha: Array
+    ) -> tuple[Array, Array]:
         """Q-learning on pairs drawn from the model; also returns the largest change."""
-        pairs = model.pairs[jnp.floor(uniform * model.num_pairs).astype(jnp.int32)]
+        pairs = planning.sample(model, uniform)
 
         def update(q: Array, pair: Array) -> tuple[Array, Array]:
             s, a = pair // num_actions, pair % num_actions
@@ -299,7 +289,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 entry = (coin, s, action) if double else (s, action)
                 q = q.at[entry].add(alpha * td_error)
             if config.planning_updates:
-                model = remember(carry.model, s, action, out.reward[0], out.terminated[0], successor)
+                model = planning.remember(carry.model, s, action, out.reward[0], out.terminated[0], successor)
                 q, planned = plan(q, uniform[1:], model, hparams, hparams.learning_rate * learning)
                 carry, change = dataclasses.replace(carry, model=model), jnp.maximum(change, planned)
 
@@ -357,36 +347,6 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         return ops.epsilon_greedy(key, q[s], epsilon, None if mask is None else mask[s]), memory, {"q": q[s]}
 
     return Algorithm(init, step, policy, config.unroll_length)
-
-
-def empty_model(num_states: int, num_actions: int) -> Model:
-    """Return a model that has seen nothing."""
-    table, pairs = (num_states, num_actions), num_states * num_actions
-    return Model(
-        reward=jnp.zeros(table),
-        # Negative where a pair was never seen.
-        discount=jnp.full(table, -1.0),
-        next_state=jnp.zeros(table, jnp.int32),
-        pairs=jnp.zeros((pairs,), jnp.int32),
-        num_pairs=jnp.int32(0),
-    )
-
-
-def remember(
-    model: Model, state: Array, action: Array, reward: Array, terminated: Array, next_state: Array
-) -> Model:
-    """Store what followed a pair; the last observation of it counts."""
-    new = model.discount[state, action] < 0.0
-    pair = (state * model.reward.shape[1] + action).astype(jnp.int32)
-    # A pair that is known writes to the slot behind the last, where the next new one goes; a full list has none.
-    slot = jnp.minimum(model.num_pairs, len(model.pairs) - 1)
-    return Model(
-        reward=model.reward.at[state, action].set(reward),
-        discount=model.discount.at[state, action].set(1.0 - terminated),
-        next_state=model.next_state.at[state, action].set(next_state),
-        pairs=model.pairs.at[slot].set(jnp.where(new, pair, model.pairs[slot])),
-        num_pairs=model.num_pairs + new,
-    )
 
 
 def train_until_converged(algo: Algorithm, state: State, hparams: HParams, *, max_steps: int) -> State:

@@ -47,8 +47,8 @@ def cliff_walking(*, params: Any = None, raw: bool = False) -> Environment:
     name = "CliffWalking-jrl"
 
     def outcomes(state: Array, action: Array, params: CliffParams) -> Outcomes:
-        row = jnp.clip(state // 12 + jnp.array([-1, 0, 1, 0])[action], 0, 3)
-        column = jnp.clip(state % 12 + jnp.array([0, 1, 0, -1])[action], 0, 11)
+        row = jnp.clip(state // 12 + (action == 2) - (action == 0), 0, 3)
+        column = jnp.clip(state % 12 + (action == 1) - (action == 3), 0, 11)
         to = row * 12 + column
         fell = (to > 36) & (to < 47)
         over = state == 47

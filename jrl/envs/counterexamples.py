@@ -25,26 +25,22 @@ class BairdParams(NamedTuple):
 
 
 def baird(*, params: Any = None, raw: bool = False) -> Environment:
-    """Baird's star: action 0 leads to one of the six upper states, action 1 to the seventh; no rewards.
+    """Baird's star: action k leads to state k of seven, whatever the state; no rewards.
 
-    With :data:`BAIRD_FEATURES` every value is representable and all are 0, yet semi-gradient off-policy learning
-    diverges. Baird 1995, "Residual Algorithms"; Sutton and Barto 2018, section 11.2.
+    Random actions lead to one of the six upper states with 6/7, as the book's behaviour policy does, whose dashed
+    action is here six. With :data:`BAIRD_FEATURES` every value is representable and all are 0, yet semi-gradient
+    off-policy learning diverges. Baird 1995, "Residual Algorithms"; Sutton and Barto 2018, section 11.2.
     """
     name = "Baird-jrl"
 
     def outcomes(state: Array, action: Array, params: BairdParams) -> Outcomes:
-        return Outcomes(
-            probability=jnp.full((6,), 1 / 6),
-            next_state=jnp.where(action == 0, jnp.arange(6), 6),
-            reward=jnp.zeros((6,)),
-            terminated=jnp.zeros((6,), bool),
-        )
+        return Outcomes(jnp.ones(1), action[None], jnp.zeros(1), jnp.zeros(1, bool))
 
     def first(params: BairdParams) -> Start:
         return Start(jnp.full((7,), 1 / 7), jnp.arange(7))
 
     params = replace_params(BairdParams(), params, name)
-    return from_outcomes(outcomes, first, 7, params, Discrete(2), name, raw=raw)
+    return from_outcomes(outcomes, first, 7, params, Discrete(7), name, raw=raw)
 
 
 BAIRD_FEATURES = np.concatenate([2 * np.eye(7), np.ones((7, 1))], axis=1).astype(np.float32)

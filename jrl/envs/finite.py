@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from jrl.envs.batched import OneOf, from_batched_functions, uniform
 from jrl.ops.distributions import inverse_cdf
 from jrl.ops.mdp import TabularMDP
 from jrl.types import Array, Discrete, Environment, FiniteObservation, PyTree
+
+_MAX_CHAIN = 16
 
 
 class Outcomes(NamedTuple):
@@ -115,7 +118,7 @@ def from_outcomes(
         possible = jax.vmap(outcomes, (0, 0, None))(state.state, action, params)
         if random_steps:
             chosen = draw(words[0], possible.probability)
-            happened = jax.tree.map(lambda x: jnp.take_along_axis(x, chosen[:, None], 1)[:, 0], possible)
+            happened = jax.tree.map(lambda x: pick(x, chosen), possible)
         else:
             happened = jax.tree.map(lambda x: x[:, 0], possible)
         stepped = FiniteState(happened.next_state.astype(jnp.int32), state.time + 1)
@@ -150,6 +153,16 @@ def draw(words: Array, probability: Array) -> Array:
     """
     probability = jnp.broadcast_to(probability, (len(words), probability.shape[-1]))
     return inverse_cdf(probability, uniform(words, 0.0, 1.0))
+
+
+def pick(values: Array, index: Array) -> Array:
+    """Return ``values[b, index[b]]``, ``[B]``, of few values by a chain of selections, which XLA fuses."""
+    num_values = values.shape[1]
+    if num_values > _MAX_CHAIN:
+        return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+    return functools.reduce(
+        lambda chosen, k: jnp.where(index == k, values[:, k], chosen), range(1, num_values), values[:, 0]
+    )
 
 
 def exact_model(env: Environment, gamma: Array | float, params: Any = None) -> FiniteModel | None:

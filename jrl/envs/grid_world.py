@@ -105,17 +105,18 @@ def make(
 
     def outcomes(state: Array, action: Array, params: GridParams) -> Outcomes:
         direction = (action + jnp.array([0, 1, 3])) % 4
-        row, column = state // columns, state % columns
-        to_row = row + jnp.array([-1, 0, 1, 0])[direction]
-        to_column = column + jnp.array([0, 1, 0, -1])[direction]
+        # Comparisons instead of a table of moves: XLA fuses them, and looks a table up entry by entry.
+        to_row = state // columns + (direction == 2) - (direction == 0)
+        to_column = state % columns + (direction == 1) - (direction == 3)
         inside = (to_row >= 0) & (to_row < rows) & (to_column >= 0) & (to_column < columns)
         to = jnp.where(inside, to_row * columns + to_column, state)
-        to = jnp.where(params.cells[to] == WALL, state, to)
-        kind = params.cells[to]
+        here, there = params.cells[state], params.cells[to]
+        to = jnp.where(there == WALL, state, to)
+        kind = jnp.where(there == WALL, here, there)
         reward = jnp.where(kind == GOAL, params.goal_reward, params.step_reward)
         reward = jnp.where(kind == TRAP, params.trap_reward, reward)
         # No episode goes on in a goal or a trap; as a state of the process it is worth nothing.
-        over = (params.cells[state] == GOAL) | (params.cells[state] == TRAP)
+        over = (here == GOAL) | (here == TRAP)
         half = params.slip / 2
         return Outcomes(
             probability=jnp.stack([1.0 - params.slip, half, half]),
