@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import dqn, ppo, tabular
+from jrl import dqn, linear, monte_carlo, ppo, tabular
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -104,6 +104,16 @@ def _tabular(name: str, env: str = "grid", **choices: Any) -> Case:
     )
 
 
+def _monte_carlo(name: str, **choices: Any) -> Case:
+    config = monte_carlo.Config(unroll_length=16, **choices)
+    return Case(f"monte-carlo-{name}", monte_carlo, "grid-raw", config, (("initial_scale", 1.0),))
+
+
+def _linear(name: str, env: str = "MountainCar-v0", **choices: Any) -> Case:
+    config = linear.Config(unroll_length=8, num_tilings=2, tiles=2, **choices)
+    return Case(f"linear-{name}", linear, env, config, (("initial_scale", 1.0), ("epsilon_start", 0.1)))
+
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -126,4 +136,9 @@ CASES = [
     _tabular("q-lambda", "grid-raw", trace="replacing", exploration="count_bonus"),
     _tabular("sarsa-lambda", "grid-raw", target="sarsa", trace="accumulating"),
     _tabular("dyna-q", "grid-raw", planning_updates=3),
+    _monte_carlo("first-visit"),
+    _monte_carlo("every-visit", visit="every", step_size="constant"),
+    _linear("sarsa-lambda"),
+    _linear("q-learning", "grid-raw", target="q_learning", trace="accumulating"),
+    _linear("target-network", target="q_learning", trace="none", target_network=True),
 ]
