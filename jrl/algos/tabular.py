@@ -42,7 +42,8 @@ class Config:
     the trace where an action was not greedy; with sarsa it is SARSA(λ)."""
     exploration: str = "epsilon_greedy"
     """epsilon_greedy, boltzmann, ucb, or count_bonus: ε-greedy with bonus_coef / √n(s, a) added to the reward
-    (Strehl and Littman 2008, https://doi.org/10.1016/j.jcss.2007.08.009)."""
+    (Strehl and Littman 2008, https://doi.org/10.1016/j.jcss.2007.08.009); begin with an optimistic initial_value, or
+    what was never tried looks worse than what has earned a bonus."""
     step_size: str = "constant"
     """constant, or visits: learning_rate / n(s, a)^step_size_exponent, n counting this visit; that is 1/n for
     learning_rate 1 and exponent 1."""

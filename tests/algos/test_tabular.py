@@ -169,27 +169,29 @@ def test_double_q_is_not_lured():
 def test_dyna_finds_the_shortest_way_by_the_fifth_episode():
     """Sutton and Barto, figure 8.2: 50 planning updates, α = 0.1, γ = 0.95, ε = 0.1; 14 steps."""
     maze = jrl.make("GridWorld-jrl", raw=True, params={"max_steps": 100_000}, **grid_world.DYNA_MAZE)
-    steps = {}
-    for planning in (0, 50):
+    process = to_mdp(maze, 1 - 1e-4).mdp
+    process = process._replace(R=jnp.ones_like(process.R))  # values are then numbers of steps
+
+    def steps_of_the_greedy_way(planning):
         algo = tabular.make(maze, tabular.Config(planning_updates=planning, unroll_length=8))
         hparams = tabular.HParams(gamma=0.95, learning_rate=0.1, epsilon_start=0.1)
 
         def until_the_fifth(state):
             def body(carry):
-                state, metrics = algo.step(carry[0], hparams)  # noqa: B023
+                state, metrics = algo.step(carry[0], hparams)
                 return state, carry[1] + metrics["num_episodes"]
 
-            return jax.lax.while_loop(lambda carry: carry[1] < 5, body, (state, jnp.float32(0)))[0]
+            state, _ = jax.lax.while_loop(lambda carry: carry[1] < 5, body, (state, jnp.float32(0)))
+            return mdp.evaluate_policy(process, jax.nn.one_hot(state.params.argmax(-1), 4))[18]
 
-        state = jax.jit(jax.vmap(until_the_fifth))(start(algo, hparams, 30))
-        policies = jax.vmap(lambda state: algo.policy(state).params[0])(state)  # noqa: B023
-        greedy = jax.nn.one_hot(jnp.argmax(policies, -1), 4)
-        process = to_mdp(maze, 1.0).mdp
-        process = process._replace(R=jnp.ones_like(process.R), gamma=1 - 1e-4)
-        steps[planning] = np.asarray(jax.vmap(lambda p: mdp.evaluate_policy(process, p))(greedy))[:, 18]  # noqa: B023
-    assert np.median(steps[50]) < 14.1
-    assert np.mean(steps[50] < 14.1) > 0.6
-    assert np.mean(steps[0] < 14.1) < 0.1
+        return np.round(jax.jit(jax.vmap(until_the_fifth))(start(algo, hparams, 30)), 1)
+
+    book = steps_of_the_greedy_way(50)
+    assert np.median(book) == 14
+    assert (book <= 20).all()
+    # What is left is a way of 16 where the shorter one was not tried yet, not a lack of planning.
+    assert np.mean(book == 14) > 0.5
+    assert np.mean(steps_of_the_greedy_way(0) == 14) < 0.1
 
 
 @pytest.mark.slow
@@ -274,26 +276,29 @@ def test_optimism_tries_everything():
     assert (blind.params[:, 0].max(-1) < 0.5).mean() > 0.5
 
 
-@pytest.mark.parametrize("exploration", ["ucb", "count_bonus"])
-def test_counts_lead_through_the_deep_sea(exploration):
+def test_confidence_bounds_lead_through_the_deep_sea():
     env = jrl.make("DeepSea-jrl", size=6, raw=True)
-    state, _ = learn(
-        env, tabular.Config(exploration=exploration), 200, gamma=1.0, learning_rate=0.5, epsilon_start=0.0,
-        ucb_coef=1.0, bonus_coef=0.3,
-    )  # fmt: skip
+    config = tabular.Config(exploration="ucb")
+    state, _ = learn(env, config, 200, gamma=1.0, learning_rate=0.5, ucb_coef=1.0)
     found = np.asarray(state.params)[:, [0, 7, 14, 21, 28, 35], 1] > 0.5
     assert found.all(1).mean() > 0.8
+
+
+def test_a_count_bonus_shrinks_with_the_root_of_the_count():
+    """γ = 0 and steps 1/n: each entry is the mean of reward + β / √k over its visits k."""
+    env = jrl.make("RiverSwim-jrl", raw=True)
+    config = tabular.Config(exploration="count_bonus", step_size="visits")
+    state, _ = learn(env, config, 5, gamma=0.0, learning_rate=1.0, epsilon_start=1.0, bonus_coef=0.3)
+    root = np.concatenate([[0.0], np.cumsum(1 / np.sqrt(np.arange(1, 1000)))])
+    bonus = 0.3 * root[state.visits.astype(int)] / np.maximum(state.visits, 1)
+    bonus[:, 0, 0] += 0.005 * (state.visits[:, 0, 0] > 0)  # drifting at the left bank
+    np.testing.assert_allclose(state.params[:, :-1], bonus[:, :-1], rtol=1e-4)
 
 
 def test_an_action_that_is_masked_is_never_taken():
     mask = np.ones((16, 4), bool)
     mask[:, 0] = mask[:, 3] = False  # right and down only
-    for choices in (
-        {"target": "sarsa"},
-        {"exploration": "boltzmann"},
-        {"exploration": "ucb"},
-        {"planning_updates": 3},
-    ):
+    for choices in ({"target": "sarsa", "exploration": "ucb"}, {"planning_updates": 3}):
         state, _ = learn(
             GRID, tabular.Config(step_size="visits", **choices), 10, make={"action_mask": mask},
             gamma=0.9, initial_value=1.0, learning_rate=1.0,
