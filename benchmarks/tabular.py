@@ -69,8 +69,10 @@ class Learners:
                 return jax.lax.map(lambda state: one(state, hparams), states, batch_size=work.batch)
             return jax.vmap(one, (0, None))(states, hparams)
 
-        init = jax.jit(lambda key, hparams: jax.vmap(algo.init, (0, None))(jax.random.split(key, work.learners), hparams))
-        self.init = lambda seed: init(jax.random.key(seed), self.hparams)
+        def init(key: Any, hparams: Any) -> Any:
+            return jax.vmap(algo.init, (0, None))(jax.random.split(key, work.learners), hparams)
+
+        self.init = lambda seed: jax.jit(init)(jax.random.key(seed), self.hparams)
         # Donated, so that every repeat goes on from the tables of the last, in place.
         self.compiled = jax.jit(run, donate_argnums=0).lower(self.init(0), self.hparams).compile()
 
