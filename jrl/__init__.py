@@ -27,6 +27,9 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     # ring 2
     "ppo": ("jrl.algos.ppo", None),
     "dqn": ("jrl.algos.dqn", None),
+    "tabular": ("jrl.algos.tabular", None),
+    "monte_carlo": ("jrl.algos.monte_carlo", None),
+    "linear": ("jrl.algos.linear", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -85,7 +88,7 @@ if TYPE_CHECKING:
         testing,
         types,
     )
-    from jrl.algos import dqn, ppo
+    from jrl.algos import dqn, linear, monte_carlo, ppo, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

@@ -168,7 +168,9 @@ def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) ->
         try:
             with _quiet_orbax() as checkpointer:
                 # as NumPy arrays, also what was sharded over devices or processes that are not here now
-                kinds = {leaf["path"]: _restore_as_numpy() for leaf in saved.values() if 0 not in leaf["shape"]}
+                kinds = {
+                    leaf["path"]: _restore_as_numpy() for leaf in saved.values() if 0 not in leaf["shape"]
+                }
                 arrays = checkpointer.restore(path / _ARRAYS, restore_args=kinds)
         except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore raise on a bad store
             first_line = (str(error) or type(error).__name__).splitlines()[0]

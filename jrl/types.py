@@ -103,6 +103,22 @@ ActionSpace = Discrete | MultiDiscrete | Box
 # ----------------------------------------------------------------------------------------- environments
 
 
+class FiniteObservation(jax.ShapeDtypeStruct):
+    """Specification of an observation that is one of ``n``: an int32 index ``[]``, or one-hot ``[n]``.
+
+    What a table has a row for. Equal to the plain specification of the same shape and dtype; a wrapper that
+    changes observations puts its own specification in its place.
+    """
+
+    n: int
+
+    def __init__(self, n: int, *, one_hot: bool) -> None:
+        if n < 1:
+            raise ValueError(f"FiniteObservation(n={n}): there is at least one observation.")
+        super().__init__((n,) if one_hot else (), jnp.float32 if one_hot else jnp.int32)
+        self.n = n
+
+
 class TimeStep(NamedTuple):
     """What one step of an environment returns.
 

@@ -19,6 +19,7 @@ import against_peers  # noqa: E402
 import env_stepping  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
+import tabular  # noqa: E402
 import throughput  # noqa: E402
 from peers import ours, protocol, purejaxrl  # noqa: E402
 
@@ -76,6 +77,17 @@ def test_spread_is_relative_to_the_median():
         "max": 5.0,
     }
     assert throughput.spread([7.0]) == {"median": 7.0, "iqr": 0.0, "min": 7.0, "max": 7.0}
+
+
+def test_tabular_counts_every_update_and_learns():
+    work = tabular.Learning(planning_updates=2, learners=6, batch=3, unroll_length=16, env_steps=4_000)
+    assert work.updates == 6 * 41 * 16 * 3
+    record = tabular.measure(work, repeats=2)
+    assert len(record["repeats"]) == 2
+    assert record["updates_per_second"]["median"] > 0
+    assert record["work"]["batch"] == 3
+    # Learned over three repeats: with γ = 0.9 the start is worth 0.9⁵.
+    assert abs(record["start_value"] - 0.59049) < 0.2
 
 
 def test_throughput_records_every_repeat():

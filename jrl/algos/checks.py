@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jrl.types import Environment, Network, Shards
+from jrl.types import Array, Discrete, Environment, FiniteObservation, Network, Shards
 
 
 def environment(env: Any) -> None:
@@ -81,6 +82,60 @@ def shard(config: Any, shards: Shards) -> int:
             "equal part of every shard; use fewer minibatches or shards."
         )
     return num_envs
+
+
+def choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the named field of a Config is one of ``choices``; for ``__post_init__``."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+def finite(env: Any, algorithm: str) -> tuple[int, int]:
+    """Return the numbers of observations and of actions of a finite environment.
+
+    Raises:
+        TypeError: no Environment, or its actions or observations are not finite.
+        ValueError: it is vectorised.
+    """
+    environment(env)
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"{algorithm} on {env.name} with actions {env.action!r}: a table needs Discrete actions; wrap the "
+            "environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    if not isinstance(env.observation, FiniteObservation):
+        raise TypeError(
+            f"{algorithm} on {env.name} with observations {env.observation}: a table needs finitely many, an index "
+            "or one-hot (GridWorld-jrl, FrozenLake-misc). Map yours to an int32 index with "
+            "jrl.envs.transform_observation and set observation=jrl.types.FiniteObservation(n, one_hot=False), "
+            "or use jrl.linear, jrl.dqn or jrl.ppo."
+        )
+    return env.observation.n, env.action.n
+
+
+def state_index(obs: Array) -> Array:
+    """Return the indices ``[...]`` of finite observations: themselves, or where the one of one-hot ones is."""
+    if jnp.issubdtype(obs.dtype, jnp.integer):
+        return obs
+    return jnp.argmax(obs, axis=-1).astype(jnp.int32)
+
+
+def action_mask(mask: Any, num_states: int, num_actions: int) -> Array | None:
+    """Return a mask of allowed actions as an array, None where it is None.
+
+    Raises:
+        ValueError: it is not bool ``[S, A]``, or forbids everything somewhere.
+    """
+    if mask is None:
+        return None
+    given = np.asarray(mask)
+    if given.shape != (num_states, num_actions) or given.dtype != bool or not given.any(1).all():
+        raise ValueError(
+            f"action_mask has shape {given.shape} and dtype {given.dtype}: it must be bool "
+            f"[{num_states}, {num_actions}], with an allowed action in every row."
+        )
+    return jnp.asarray(given)
 
 
 def hparams(given: Any, expected: type) -> None:

@@ -3,8 +3,10 @@
 gymnax is imported when an environment of it is first asked for, never by importing this module.
 """
 
-from jrl.envs import probes
+from jrl.envs import blackjack, classic_tabular, counterexamples, grid_world, probes, traffic_light
 from jrl.envs.build import from_functions, strict
+from jrl.envs.enumeration import to_mdp
+from jrl.envs.finite import FiniteModel, Outcomes, Start, from_mdp, from_outcomes
 from jrl.envs.normalizing import normalize_observation, normalize_reward
 from jrl.envs.observations import (
     action_mask,
@@ -13,7 +15,7 @@ from jrl.envs.observations import (
     one_hot_observation,
     transform_observation,
 )
-from jrl.envs.registry import DOWNLOADS, ids, make, register
+from jrl.envs.registry import DOWNLOADS, ids, make, register, register_with_gymnax
 from jrl.envs.wrappers import (
     clip_action,
     clip_reward,
@@ -28,13 +30,22 @@ from jrl.envs.wrappers import (
 
 __all__ = [
     "DOWNLOADS",
+    "FiniteModel",
+    "Outcomes",
+    "Start",
     "action_mask",
+    "blackjack",
+    "classic_tabular",
     "clip_action",
     "clip_reward",
+    "counterexamples",
     "discretize_actions",
     "flatten_observation",
     "frame_stack",
     "from_functions",
+    "from_mdp",
+    "from_outcomes",
+    "grid_world",
     "ids",
     "make",
     "normalize_observation",
@@ -42,11 +53,14 @@ __all__ = [
     "one_hot_observation",
     "probes",
     "register",
+    "register_with_gymnax",
     "rescale_action",
     "scale_reward",
     "sticky_actions",
     "strict",
     "time_limit",
+    "to_mdp",
+    "traffic_light",
     "transform_action",
     "transform_observation",
     "vectorize",

@@ -1,7 +1,9 @@
-"""The adapter from gymnax 1.x. The only file that imports gymnax, and only inside functions: it is slow."""
+"""The adapters from and to gymnax 1.x. The only file that imports gymnax, and only inside functions: it is slow."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from jrl.envs import classic_control, minatar
 from jrl.envs.build import from_functions, strict
 from jrl.envs.observations import one_hot_observation
-from jrl.types import ActionSpace, Array, Box, Discrete, Environment, Key, PyTree, TimeStep
+from jrl.types import ActionSpace, Array, Box, Discrete, Environment, FiniteObservation, Key, PyTree, TimeStep
 
 # What to use here instead of a wrapper of gymnax.
 _INSTEAD = {
@@ -110,9 +112,128 @@ def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None =
         adapted = strict(Environment(reset_itself, step, params, None, action, name))
 
     space = env.observation_space(params)
-    if isinstance(space, spaces.Discrete) and not raw:
-        return one_hot_observation(adapted, int(space.n))
-    return adapted
+    if not isinstance(space, spaces.Discrete):
+        return adapted
+    if raw and adapted.observation == FiniteObservation(int(space.n), one_hot=False):
+        return adapted._replace(observation=FiniteObservation(int(space.n), one_hot=False))
+    return adapted if raw else one_hot_observation(adapted, int(space.n))
+
+
+def register(env_id: str, factory: Callable[..., Environment]) -> None:
+    """Register a factory of jrl's with gymnax, once; an id that gymnax already has is left as it is."""
+    import gymnax
+
+    if env_id not in gymnax.registered_envs:
+        gymnax.register(env_id, lambda **kwargs: to_gymnax(factory(**kwargs)))
+
+
+def to_gymnax(env: Environment) -> Any:
+    """Turn a :class:`jrl.types.Environment` into a gymnax 1.x ``Environment``, for tools written for those.
+
+    Its ``reset`` and ``step`` are jrl's: for equal keys they give the same. The state is a record of jrl's
+    state (``env_state``), ``time`` and the last ``truncated``; the parameters one of jrl's (``env``) and
+    ``max_steps_in_episode``, which where jrl's have a field ``max_steps`` takes its place. ``step_env`` is
+    there for tools that reset by themselves; as jrl's environments reset within the step, the state it
+    returns after an episode's end is already that of the next.
+
+    Raises:
+        TypeError: ``env`` is no jrl Environment.
+        ValueError: an action space or an observation that gymnax has no space for.
+    """
+    if not isinstance(env, Environment):
+        raise TypeError(f"to_gymnax(env={env!r}): no jrl Environment; build it with jrl.make.")
+    if not isinstance(env.observation, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{env.name}: the observation is a pytree of several arrays; wrap the environment in "
+            "jrl.envs.flatten_observation(env) first."
+        )
+    if not isinstance(env.action, Discrete | Box):
+        raise ValueError(f"{env.name}: gymnax has no space for actions {env.action!r}.")
+    return _reverse_adapter()(env)
+
+
+@functools.cache
+def _reverse_adapter() -> type:
+    """The class of :func:`to_gymnax`; made on demand, since its base class is gymnax's."""
+    from gymnax.environments import environment, spaces
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class State(environment.EnvState):
+        env_state: Any
+        truncated: Array
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Params(environment.EnvParams):
+        env: Any = ()
+
+    def env_params(params: Any) -> PyTree:
+        if hasattr(params.env, "max_steps"):
+            return params.env._replace(max_steps=params.max_steps_in_episode)
+        return params.env
+
+    class FromJrl(environment.Environment):
+        """A jrl Environment as gymnax has them."""
+
+        def __init__(self, env: Environment) -> None:
+            self.env = env
+
+        @property
+        def name(self) -> str:
+            return self.env.name
+
+        @property
+        def default_params(self) -> Any:
+            limit = getattr(self.env.params, "max_steps", np.iinfo(np.int32).max)
+            return Params(max_steps_in_episode=limit, env=self.env.params)
+
+        @property
+        def num_actions(self) -> int:
+            if not isinstance(self.env.action, Discrete):
+                raise ValueError(f"{self.name}: actions {self.env.action!r} have no number.")
+            return self.env.action.n
+
+        def reset_env(self, key: Key, params: Any) -> tuple[Any, Any]:
+            env_state, obs = self.env.reset(key, env_params(params))
+            return obs, State(time=jnp.int32(0), env_state=env_state, truncated=jnp.bool_(False))
+
+        @functools.partial(jax.jit, static_argnames=("self",))
+        def step(self, key: Key, state: Any, action: Array, params: Any = None) -> tuple[Any, ...]:
+            params = self.default_params if params is None else params
+            env_state, out = self.env.step(key, state.env_state, action, env_params(params))
+            ended = out.terminated | out.truncated
+            time = jnp.where(ended, 0, jnp.asarray(state.time, jnp.int32) + 1)
+            info = {
+                "discount": 1.0 - out.terminated,
+                "terminated": out.terminated,
+                "truncated": out.truncated,
+                "final_observation": out.next_obs,
+            }
+            state = State(time=time, env_state=env_state, truncated=out.truncated)
+            return out.obs, state, out.reward, out.terminated, out.truncated, info
+
+        def step_env(self, key: Key, state: Any, action: Array, params: Any) -> tuple[Any, ...]:
+            _, state, reward, terminated, _, info = self.step(key, state, action, params)
+            return info["final_observation"], state, reward, terminated, info
+
+        def is_truncated(self, state: Any, params: Any) -> Array:
+            return state.truncated
+
+        def action_space(self, params: Any = None) -> Any:
+            ours = self.env.action
+            if isinstance(ours, Discrete):
+                return spaces.Discrete(ours.n)
+            assert isinstance(ours, Box)
+            return spaces.Box(jnp.asarray(ours.low), jnp.asarray(ours.high), ours.shape, jnp.float32)
+
+        def observation_space(self, params: Any = None) -> Any:
+            seen = self.env.observation
+            if isinstance(seen, FiniteObservation):
+                return spaces.Box(0.0, 1.0, seen.shape, seen.dtype) if seen.shape else spaces.Discrete(seen.n)
+            return spaces.Box(-jnp.inf, jnp.inf, seen.shape, seen.dtype)
+
+    return FromJrl
 
 
 def _merge(default: Any, params: Any, name: str) -> Any:

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, PyTree, TimeStep
+from jrl.types import (
+    Array,
+    Discrete,
+    Environment,
+    FiniteObservation,
+    Key,
+    MaskedObservation,
+    PyTree,
+    TimeStep,
+)
 
 
 def transform_observation(env: Environment, fn: Callable[[PyTree], PyTree]) -> Environment:
@@ -61,7 +70,10 @@ def one_hot_observation(env: Environment, n: int) -> Environment:
         raise ValueError(
             f"one_hot_observation({env.name}): needs an integer scalar observation, got {inner}."
         )
-    return transform_observation(env, lambda obs: jax.nn.one_hot(obs, n, dtype=jnp.float32))
+    encoded = transform_observation(env, lambda obs: jax.nn.one_hot(obs, n, dtype=jnp.float32))
+    if isinstance(env.observation, MaskedObservation):
+        return encoded
+    return encoded._replace(observation=FiniteObservation(n, one_hot=True))
 
 
 class FrameStackState(NamedTuple):

@@ -45,6 +45,19 @@ def ids() -> list[str]:
     return own + [i for i in gymnax.registered() if i not in _FACTORIES and i not in DOWNLOADS]
 
 
+def register_with_gymnax() -> list[str]:
+    """Make every id of jrl's own known to gymnax, so that ``gymnax.make`` builds it; return those ids.
+
+    gymnax is imported here. Called again it adds what was registered since. Environments that gymnax has no
+    space for (MultiDiscrete actions, observations of several arrays) raise when built there.
+    """
+    from jrl.envs import gymnax
+
+    for env_id, factory in _FACTORIES.items():
+        gymnax.register(env_id, factory)
+    return sorted(_FACTORIES)
+
+
 def make(id_or_env: str | Environment | Any, **kwargs: Any) -> Environment:
     """Return an environment as a record of pure functions.
 

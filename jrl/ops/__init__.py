@@ -1,8 +1,15 @@
 """Formulas: arrays in, arrays out. Loads jax and chex, and nothing else of jrl but its records."""
 
-from jrl.ops import counter
-from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, masked
-from jrl.ops.exploration import boltzmann, epsilon_greedy
+from jrl.ops import counter, mdp
+from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, inverse_cdf, masked
+from jrl.ops.exploration import (
+    boltzmann,
+    boltzmann_policy,
+    draw_action,
+    epsilon_greedy,
+    epsilon_greedy_policy,
+    ucb_policy,
+)
 from jrl.ops.losses import (
     approx_kl,
     clip_fraction,
@@ -46,22 +53,27 @@ __all__ = [
     "TanhNormal",
     "approx_kl",
     "boltzmann",
+    "boltzmann_policy",
     "clip_fraction",
     "clipped_value_loss",
     "cosine_schedule",
     "counter",
     "discounted_returns",
     "double_q_target",
+    "draw_action",
     "elapsed_fraction",
     "epsilon_greedy",
+    "epsilon_greedy_policy",
     "explained_variance",
     "exponential_schedule",
     "gae",
     "huber",
+    "inverse_cdf",
     "lambda_returns",
     "linear",
     "linear_schedule",
     "masked",
+    "mdp",
     "n_step_returns",
     "piecewise_schedule",
     "polynomial_schedule",
@@ -73,6 +85,7 @@ __all__ = [
     "shuffled_indices",
     "standardize",
     "td_error",
+    "ucb_policy",
     "value_loss",
     "vtrace",
     "warmup_cosine_schedule",

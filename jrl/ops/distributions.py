@@ -84,7 +84,7 @@ class Categorical(NamedTuple):
             AssertionError: the logits are not floating.
         """
         weight = _weights(self.logits)
-        return _invert(weight, jax.random.uniform(key, weight.shape[:-1], weight.dtype))
+        return inverse_cdf(weight, jax.random.uniform(key, weight.shape[:-1], weight.dtype))
 
     def log_prob(self, action: Array) -> Array:
         """Log-probability of an action.
@@ -575,12 +575,27 @@ def _log_probs(logits: Array) -> tuple[Array, Array]:
     return centred - jnp.log(jnp.sum(weight, axis=-1, keepdims=True)), weight > 0.0
 
 
-def _invert(weight: Array, uniform: Array) -> Array:
-    """Index of the first partial sum of ``weight`` ``[..., A]`` above ``uniform`` ``[...]`` times the whole.
+def inverse_cdf(weight: Array, uniform: Array) -> Array:
+    """Invert a discrete distribution function; an entry of weight 0 is never returned.
 
-    ``uniform < 1`` leaves its product with the whole at least one rounding below the whole, so that there
-    always is one.
+    ``min {a : Σ_{b ≤ a} w_b > u Σ_b w_b}``.
+
+    Source: Devroye 1986, "Non-Uniform Random Variate Generation", section III.2,
+    http://luc.devroye.org/rnbookindex.html.
+
+    Args:
+        weight: floating ``[..., A]``, at least 0, not necessarily normalised, not all 0.
+        uniform: ``[...]``, in [0, 1): then its product with the whole is at least one rounding below the whole,
+            so that there always is an entry.
+
+    Returns:
+        int32 ``[...]``.
+
+    Raises:
+        AssertionError: ``weight`` is not floating or ``uniform`` has not its batch shape.
     """
+    checks.floating(weight=weight)
+    checks.shape(uniform=(uniform, weight.shape[:-1]))
     if weight.shape[-1] <= _MAX_CHAIN:
         # Added from left to right, the sums never decrease and stay equal over a zero weight.
         chain = list(itertools.accumulate(weight[..., i] for i in range(weight.shape[-1])))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.ops import checks
-from jrl.ops.distributions import Categorical, masked
+from jrl.ops.distributions import Categorical, inverse_cdf, masked
 from jrl.types import Array, Key
 
 
@@ -77,3 +77,109 @@ def boltzmann(key: Key, q: Array, temperature: Array | float, mask: Array | None
     behind = q - jnp.max(q, axis=-1, keepdims=True)
     scale = jnp.maximum(jnp.broadcast_to(temperature, q.shape[:-1]), jnp.finfo(q.dtype).tiny)
     return Categorical(behind / scale[..., None]).sample(key)
+
+
+def epsilon_greedy_policy(q: Array, epsilon: Array | float, mask: Array | None = None) -> Array:
+    """Probabilities of acting uniformly with chance ε, else greedily, equals sharing.
+
+    ``π(a|s) = ε / |allowed| + (1 − ε) [q(s, a) = max q] / |maximal|``. :func:`epsilon_greedy` draws from the same
+    policy, but gives the first among equals all of it.
+
+    Source: Sutton and Barto 2018, section 2.2, http://incompleteideas.net/book/the-book-2nd.html.
+
+    Args:
+        q: floating ``[..., A]``.
+        epsilon: a number, or ``[...]`` for one per row.
+        mask: bool ``[..., A]``, True = allowed; every row allows something.
+
+    Returns:
+        ``[..., A]``.
+
+    Raises:
+        AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
+    """
+    checks.floating(q=q)
+    allowed = jnp.ones_like(q)
+    if mask is not None:
+        q, allowed = masked(q, mask), mask.astype(q.dtype)
+    best = (q == jnp.max(q, axis=-1, keepdims=True)) * allowed
+    epsilon = jnp.broadcast_to(epsilon, q.shape[:-1])[..., None]
+    shared = best / jnp.sum(best, axis=-1, keepdims=True)
+    return epsilon * allowed / jnp.sum(allowed, axis=-1, keepdims=True) + (1.0 - epsilon) * shared
+
+
+def boltzmann_policy(q: Array, temperature: Array | float, mask: Array | None = None) -> Array:
+    """Probabilities in proportion to exponentiated values, those :func:`boltzmann` draws from.
+
+    ``π(a|s) = exp(q(s, a) / τ) / Σ_b exp(q(s, b) / τ)``.
+
+    Source: as :func:`boltzmann`.
+
+    Args:
+        q: floating ``[..., A]``.
+        temperature: τ in the unit of ``q``, a number, or ``[...]`` for one per row; at 0 equals share.
+        mask: bool ``[..., A]``, True = allowed.
+
+    Returns:
+        ``[..., A]``.
+
+    Raises:
+        AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
+    """
+    checks.floating(q=q)
+    if mask is not None:
+        q = masked(q, mask)
+    behind = q - jnp.max(q, axis=-1, keepdims=True)
+    scale = jnp.maximum(jnp.broadcast_to(temperature, q.shape[:-1]), jnp.finfo(q.dtype).tiny)
+    weight = jnp.exp(behind / scale[..., None])
+    return weight / jnp.sum(weight, axis=-1, keepdims=True)
+
+
+def ucb_policy(q: Array, count: Array, coef: Array | float, mask: Array | None = None) -> Array:
+    """Probabilities of the actions with the highest upper confidence bound, equals sharing.
+
+    ``argmax_a q(s, a) + c sqrt(ln N(s) / n(s, a))`` with ``N(s) = Σ_a n(s, a)``; untried actions come first.
+
+    Source: Auer, Cesa-Bianchi and Fischer 2002, https://doi.org/10.1023/A:1013689704352 (c = √2 for rewards in
+    [0, 1]).
+
+    Args:
+        q: floating ``[..., A]``.
+        count: ``[..., A]``, how often each action was taken.
+        coef: c, in the unit of ``q``.
+        mask: bool ``[..., A]``, True = allowed.
+
+    Returns:
+        ``[..., A]``.
+
+    Raises:
+        AssertionError: ``q`` is not floating, or ``count`` or ``mask`` has not its shape.
+    """
+    checks.floating(q=q)
+    checks.same_shape(q=q, count=count)
+    count = count.astype(q.dtype)
+    total = jnp.maximum(jnp.sum(count, axis=-1, keepdims=True), 1.0)
+    bound = q + coef * jnp.sqrt(jnp.log(total) / jnp.maximum(count, 1.0))
+    untried = jnp.finfo(q.dtype).max
+    return epsilon_greedy_policy(jnp.where(count == 0, untried, bound), 0.0, mask)
+
+
+def draw_action(key: Key, probability: Array) -> Array:
+    """Draw an action from its probabilities, with one uniform number per row.
+
+    ``a ~ π(·|s)``; an action of probability 0 is never drawn.
+
+    Source: Devroye 1986, section III.2, http://luc.devroye.org/rnbookindex.html.
+
+    Args:
+        key: one key for the whole batch.
+        probability: floating ``[..., A]``.
+
+    Returns:
+        int32 ``[...]``.
+
+    Raises:
+        AssertionError: ``probability`` is not floating.
+    """
+    checks.floating(probability=probability)
+    return inverse_cdf(probability, jax.random.uniform(key, probability.shape[:-1], probability.dtype))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import dqn, ppo
+from jrl import dqn, linear, monte_carlo, ppo, tabular
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -23,6 +23,7 @@ class Case:
     module: Any
     env: str
     config: Any
+    hparams: tuple[tuple[str, float], ...] = ()
 
     def make(self) -> jrl.Algorithm:
         return self.module.make(environment(self.env), self.config)
@@ -40,6 +41,8 @@ def environment(name: str) -> Environment:
             return multi_discrete()
         case "pixels":
             return pixels()
+        case "grid" | "grid-raw":
+            return jrl.make("GridWorld-jrl", rows=16, columns=16, start=-1, raw=name == "grid-raw")
     return jrl.make(name)
 
 
@@ -94,6 +97,23 @@ def _dqn(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
     return Case(f"dqn-{name}", dqn, env, dqn.Config(**sizes | choices))
 
 
+def _tabular(name: str, env: str = "grid", **choices: Any) -> Case:
+    # Tables that start at one value would be the same for every key.
+    return Case(
+        f"tabular-{name}", tabular, env, tabular.Config(unroll_length=8, **choices), (("initial_scale", 1.0),)
+    )
+
+
+def _monte_carlo(name: str, **choices: Any) -> Case:
+    config = monte_carlo.Config(unroll_length=16, **choices)
+    return Case(f"monte-carlo-{name}", monte_carlo, "grid-raw", config, (("initial_scale", 1.0),))
+
+
+def _linear(name: str, env: str = "MountainCar-v0", **choices: Any) -> Case:
+    config = linear.Config(unroll_length=8, num_tilings=2, tiles=2, **choices)
+    return Case(f"linear-{name}", linear, env, config, (("initial_scale", 1.0), ("epsilon_start", 0.1)))
+
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -109,4 +129,16 @@ CASES = [
     _dqn("rainbow-like", prioritized=True, n_step=3, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
     _dqn("masked", "masked"),
+    _tabular("q-learning"),
+    _tabular("sarsa", "grid-raw", target="sarsa", exploration="boltzmann", step_size="visits"),
+    _tabular("expected-sarsa", "grid-raw", target="expected_sarsa", exploration="ucb"),
+    _tabular("double-q", "grid-raw", target="double_q"),
+    _tabular("q-lambda", "grid-raw", trace="replacing", exploration="count_bonus"),
+    _tabular("sarsa-lambda", "grid-raw", target="sarsa", trace="accumulating"),
+    _tabular("dyna-q", "grid-raw", planning_updates=3),
+    _monte_carlo("first-visit"),
+    _monte_carlo("every-visit", visit="every", step_size="constant"),
+    _linear("sarsa-lambda"),
+    _linear("q-learning", "grid-raw", target="q_learning", trace="accumulating"),
+    _linear("target-network", target="q_learning", trace="none", target_network=True),
 ]

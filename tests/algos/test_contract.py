@@ -23,6 +23,7 @@ class Compiled:
     def __init__(self, case):
         self.algo = case.make()
         self.hparams = jax.tree.map(jnp.float32, case.module.HParams(env=cases.environment(case.env).params))
+        self.hparams = self.hparams.replace(**{name: jnp.float32(value) for name, value in case.hparams})
         # The environment's parameters keep their own dtypes.
         self.hparams = self.hparams.replace(
             env=jax.tree.map(

@@ -96,3 +96,39 @@ def test_errors_name_the_argument():
         ops.epsilon_greedy(jax.random.key(0), Q, 0.1, jnp.ones(4, bool))
     with pytest.raises(AssertionError, match="q must be floating"):
         ops.epsilon_greedy(jax.random.key(0), jnp.arange(3), 0.1)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_policies_are_what_the_draws_follow(mask):
+    """The drawing functions and the probabilities agree where there are no equals."""
+    allowed = jnp.ones(5, bool) if mask is None else mask
+    best = jnp.argmax(jnp.where(allowed, Q, -jnp.inf))
+    expected = 0.3 * allowed / allowed.sum() + 0.7 * (jnp.arange(5) == best)
+    np.testing.assert_allclose(ops.epsilon_greedy_policy(Q, 0.3, mask), expected, rtol=1e-6)
+    weights = np.where(allowed, np.exp(np.asarray(Q, float) / 0.5), 0.0)
+    np.testing.assert_allclose(
+        ops.boltzmann_policy(Q, 0.5, mask), weights / weights.sum(), rtol=1e-5, atol=1e-12
+    )
+    probability = ops.boltzmann_policy(Q, 0.5, mask)
+    frequencies_match(ops.draw_action(jax.random.key(3), repeated(probability, ROWS)), probability)
+
+
+def test_equals_share():
+    q = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])
+    np.testing.assert_allclose(ops.epsilon_greedy_policy(q, 0.0), [[0.5, 0.5, 0.0], [1 / 3] * 3])
+    np.testing.assert_allclose(ops.boltzmann_policy(q, 0.0), [[0.5, 0.5, 0.0], [1 / 3] * 3], rtol=1e-6)
+    per_row = ops.epsilon_greedy_policy(q, jnp.array([0.0, 0.3]))
+    np.testing.assert_allclose(per_row, [[0.5, 0.5, 0.0], [1 / 3] * 3], rtol=1e-6)
+
+
+def test_ucb():
+    q, count = jnp.array([0.5, 0.4, 0.0]), jnp.array([50, 10, 40])
+    score = np.array([0.5, 0.4, 0.0]) + np.sqrt(np.log(100) / np.array([50, 10, 40]))
+    np.testing.assert_array_equal(ops.ucb_policy(q, count, 1.0), np.eye(3)[score.argmax()])
+    assert score.argmax() == 1
+    np.testing.assert_array_equal(ops.ucb_policy(q, count, 0.0), [1, 0, 0])
+    # What was never tried comes first, and among several of that kind each is as likely.
+    np.testing.assert_array_equal(ops.ucb_policy(q, jnp.array([5, 0, 0]), 1.0), [0, 0.5, 0.5])
+    np.testing.assert_allclose(ops.ucb_policy(q, jnp.zeros(3, int), 0.0), [1 / 3] * 3, rtol=1e-6)
+    masked = jnp.array([True, False, True])
+    np.testing.assert_array_equal(ops.ucb_policy(q, jnp.array([5, 0, 3]), 0.0, masked), [1, 0, 0])
