@@ -219,11 +219,9 @@ def _report(fields: dict[str, Any], finished: Any) -> None:
         f"training     {summary['env_steps']:,} env steps in {readable_duration(summary['train_seconds'])} "
         f"({summary['env_steps_per_second']:,.0f} steps/s), after {finished.plan.compile_seconds:.1f} s of compiling"
     )
-    if summary["process_peak_bytes"]:
-        grown = summary["process_peak_bytes"] - summary["process_peak_bytes_before"]
-        print(
-            f"memory       {readable_size(finished.plan.bytes_total)} planned; the process grew by "
-            f"{readable_size(grown)}, compiler and libraries included"
-        )
+    taken = readable_size(summary["training_bytes"])
+    print(
+        f"memory       {readable_size(finished.plan.bytes_total)} planned, {taken} taken by training (this process)"
+    )
     if finished.out is not None:
         print(f"sweep folder {finished.out}")

@@ -586,7 +586,7 @@ class _Sweep:
 
     def run(self, halving: Halving | None) -> Finished:
         """Train all chunks of members, from the newest checkpoint on if there is one; evaluate; write it all."""
-        began, peak_before = time.perf_counter(), _peak_bytes()
+        began = time.perf_counter()
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest(self.show.message))
             name = f"{self.setup.algorithm} on {self.setup.env.name}"
@@ -598,6 +598,7 @@ class _Sweep:
                     "returns are compared with one another. Sweep fewer, or set chunk (--chunk) yourself."
                 )
             self.show.message(str(self.plan_))
+            self.resident: list[int] = [doctor.resident_memory() or 0]
             states = self.train(halving, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
@@ -615,8 +616,8 @@ class _Sweep:
             "env_steps_per_second": self.env_steps_done / seconds if seconds else 0.0,
             "total_seconds": time.perf_counter() - began,
             "plan": dataclasses.asdict(self.plan_),
-            "process_peak_bytes_before": peak_before,
-            "process_peak_bytes": _peak_bytes(),
+            # by how much the process grew once it had compiled: what the plan speaks of
+            "training_bytes": max(self.resident) - self.resident[0],
             "device": doctor.device(),
             "precision": doctor.precision(),
             "versions": doctor.versions(),
@@ -683,6 +684,7 @@ class _Sweep:
             now = time.perf_counter()
             self.seconds += now - last
             taken = self.note(before, num_steps, whom, report)
+            self.resident.append(doctor.resident_memory() or 0)
             self.env_steps_done += taken
             row = self.row(before + num_steps, chunk, taken / max(now - last, 1e-9))
             last = now
@@ -1009,12 +1011,3 @@ def _exact(values: Any) -> list[Any]:
     """Return numbers whose text is the shortest that reads back as the same float32: 0.001, not 0.00100000004."""
     array = np.asarray(values)
     return [float(str(value)) for value in array] if array.dtype == np.float32 else array.tolist()
-
-
-def _peak_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    scale = 1 if os.uname().sysname == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
