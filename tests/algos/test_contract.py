@@ -15,17 +15,11 @@ import jrl
 from jrl import checkpoint
 
 # All tests of a case follow each other in one process, which compiles it once.
-every_case = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.xdist_group(case.name), id=case.name) for case in cases.CASES],
-    scope="module",
-)
+every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name, scope="module")
 one_case_of_each = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=pytest.mark.xdist_group(case.name), id=case.name)
-        for case in {case.module: case for case in reversed(cases.CASES)}.values()
-    ],
+    {case.module: case for case in reversed(cases.CASES)}.values(),
+    ids=lambda case: case.name,
     scope="module",
 )
 
