@@ -63,6 +63,29 @@ def sizes(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={value}: must be at least 1.")
 
 
+def minibatches(config: Any) -> None:
+    """Raise ValueError unless num_minibatches divides a batch of num_envs × unroll_length; for ``__post_init__``."""
+    batch = config.num_envs * config.unroll_length
+    if batch % config.num_minibatches:
+        divisors = [n for n in range(1, min(batch, 256) + 1) if batch % n == 0]
+        nearest = sorted(divisors, key=lambda n: abs(n - config.num_minibatches))[:3]
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the batch of num_envs × unroll_length = "
+            f"{config.num_envs} × {config.unroll_length} = {batch}; use for instance "
+            f"{', '.join(map(str, sorted(nearest)))}."
+        )
+
+
+def discrete(env: Environment, algorithm: str) -> Discrete:
+    """Return the actions of ``env``; raises TypeError unless they are Discrete."""
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"{algorithm} on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
+            "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    return env.action
+
+
 def shard(config: Any, shards: Shards) -> int:
     """Return the environments of each shard.
 

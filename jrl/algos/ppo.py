@@ -76,16 +76,8 @@ class Config:
 
     def __post_init__(self) -> None:
         checks.sizes(self, "num_envs", "unroll_length", "num_epochs", "num_minibatches")
-        batch = self.num_envs * self.unroll_length
-        if batch % self.num_minibatches:
-            divisors = [n for n in range(1, min(batch, 256) + 1) if batch % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.num_minibatches))[:3]
-            raise ValueError(
-                f"num_minibatches={self.num_minibatches} does not divide the batch of num_envs × unroll_length = "
-                f"{self.num_envs} × {self.unroll_length} = {batch}; use for instance "
-                f"{', '.join(map(str, sorted(nearest)))}."
-            )
-        if self.standardize_advantages and batch == self.num_minibatches:
+        checks.minibatches(self)
+        if self.standardize_advantages and self.num_envs * self.unroll_length == self.num_minibatches:
             raise ValueError(
                 f"num_minibatches={self.num_minibatches} leaves one transition a minibatch, whose standardised "
                 "advantage is always 0; use fewer, or standardize_advantages=False."

@@ -1,5 +1,6 @@
 """Networks: default ones for control, and adapters that make any ``init``/``apply`` pair one."""
 
+from jrl.networks import noisy
 from jrl.networks.adapters import (
     as_network,
     check_policy_output,
@@ -9,8 +10,8 @@ from jrl.networks.adapters import (
     observation_flattener,
 )
 from jrl.networks.cnn import CNN, PatchConv
-from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
-from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
+from jrl.networks.defaults import TorsoConfig, actor_critic, implicit_q_network, q_network
+from jrl.networks.heads import ActorCritic, ImplicitQNetwork, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CNN",
     "MLP",
     "ActorCritic",
+    "ImplicitQNetwork",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
@@ -28,7 +30,9 @@ __all__ = [
     "check_q_output",
     "distribution",
     "from_nnx",
+    "implicit_q_network",
     "mask_aware",
+    "noisy",
     "observation_flattener",
     "q_network",
 ]

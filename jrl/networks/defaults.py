@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
-from jrl.networks.heads import ActorCritic, QNetwork
+from jrl.networks.heads import ActorCritic, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
 
@@ -61,12 +61,34 @@ def actor_critic(
 
 
 def q_network(
-    env: Environment, config: TorsoConfig, *, dueling: bool = False, features_first: bool = False
+    env: Environment,
+    config: TorsoConfig,
+    *,
+    dueling: bool = False,
+    num_atoms: int | None = None,
+    features_first: bool = False,
 ) -> Network:
-    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`."""
+    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`.
+
+    With ``num_atoms`` it returns ``[..., A, num_atoms]``.
+    """
     assert isinstance(env.action, Discrete)
     torso, prepare, rank = _torso(env, config)
-    return _network(QNetwork(torso, env.action.n, dueling), prepare, rank, features_first)
+    return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
+
+
+def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
+    """Return an implicit quantile network of ``env``: :class:`~jrl.types.QuantileQuery` ``↦ [..., A, K]``."""
+    assert isinstance(env.action, Discrete)
+    torso, prepare, _ = _torso(env, config)
+    module = ImplicitQNetwork(torso, env.action.n, dueling)
+    return Network(
+        init=lambda key, query, memory: module.init(key, prepare(query.obs), query.fraction),
+        apply=lambda params, query, memory: (
+            module.apply(params, prepare(query.obs), query.fraction),
+            memory,
+        ),
+    )
 
 
 def check_torso(config: TorsoConfig) -> None:

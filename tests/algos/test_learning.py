@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import dqn, ppo
+from jrl import dqn, ppo, rainbow
 from jrl.envs import probes
 
 GAMMA = 0.9
@@ -44,8 +44,8 @@ def ppo_on(probe):
     return trained(ppo, probe.env, config, 300, learning_rate=1e-2, entropy_coef=0.0)
 
 
-def train_dqn(env, **choices):
-    config = dqn.Config(
+def train_dqn(env, numbers=(), module=dqn, **choices):
+    config = module.Config(
         num_envs=16,
         unroll_length=4,
         num_updates=8,
@@ -55,8 +55,10 @@ def train_dqn(env, **choices):
         hidden_sizes=(16,),
         **choices,
     )
-    numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0}
-    return trained(dqn, env, config, 1000, learning_rate=1e-2, **numbers)
+    numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0} | dict(
+        numbers
+    )
+    return trained(module, env, config, 1000, learning_rate=1e-2, **numbers)
 
 
 @functools.cache
@@ -118,3 +120,26 @@ def test_every_refinement_of_dqn_keeps_the_value_of_the_truncation_probe(choices
     algo, state = train_dqn(probe.env, **choices)
     _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
     assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.01)
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "quantile", "implicit"])
+def test_every_distribution_of_dqn_has_the_mean_of_the_truncation_probe(distribution):
+    """The categorical one as part of Rainbow, evaluated without its noise."""
+    probe = probes.TRUNCATION
+    if distribution == "categorical":
+        numbers = {"value_min": 0.0, "value_max": 20.0}
+        algo, state = train_dqn(probe.env, numbers, rainbow, num_atoms=21)
+    else:
+        algo, state = train_dqn(probe.env, distribution=distribution, num_atoms=8)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.02)
+
+
+def test_munchausen_values_are_those_of_its_own_fixed_point():
+    """Both actions are worth the same: π = ½, so Q = r + α τ log ½ + γ (Q + τ log 2)."""
+    probe, alpha, temperature = probes.TRUNCATION, 0.5, 0.5
+    numbers = {"munchausen_coef": alpha, "munchausen_temperature": temperature, "munchausen_min": -10.0}
+    algo, state = train_dqn(probe.env, numbers, munchausen=True)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    expected = (1.0 + (GAMMA - alpha) * temperature * np.log(2.0)) / (1.0 - GAMMA)
+    assert_values(extras["q"].max(-1), np.array([expected]), 0.02)
