@@ -12,17 +12,21 @@ from jrl.networks.cnn import CNN, PatchConv
 from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
 from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.recurrent import GRU, WindowTransformer, apply_sequence, recurrent_network, reset_before
 
 __all__ = [
     "ACTIVATIONS",
     "CNN",
+    "GRU",
     "MLP",
     "ActorCritic",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
     "TorsoConfig",
+    "WindowTransformer",
     "actor_critic",
+    "apply_sequence",
     "as_network",
     "check_policy_output",
     "check_q_output",
@@ -31,4 +35,6 @@ __all__ = [
     "mask_aware",
     "observation_flattener",
     "q_network",
+    "recurrent_network",
+    "reset_before",
 ]
