@@ -84,6 +84,40 @@ def shard(config: Any, shards: Shards) -> int:
     return num_envs
 
 
+def minibatches(config: Any) -> None:
+    """Raise ValueError unless a Config's batch splits into equal minibatches; for ``__post_init__``."""
+    batch = config.num_envs * config.unroll_length
+    if batch % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the batch of num_envs × unroll_length = "
+            f"{config.num_envs} × {config.unroll_length} = {batch}; use for instance "
+            f"{_nearest_divisors(batch, config.num_minibatches)}."
+        )
+    if config.standardize_advantages and batch == config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} leaves one transition a minibatch, whose standardised "
+            "advantage is always 0; use fewer, or standardize_advantages=False."
+        )
+
+
+def sequences(config: Any, shards: Shards) -> None:
+    """Raise ValueError unless the environments of a shard split into equal minibatches."""
+    num_envs = config.num_envs // shards.count
+    if num_envs % config.num_minibatches:
+        of_shard = f" of one of {shards.count} shards" if shards.count > 1 else ""
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the num_envs={num_envs} environments{of_shard}: "
+            "with a memory a minibatch is the whole unrolls of some of them; use for instance "
+            f"{_nearest_divisors(num_envs, config.num_minibatches)}."
+        )
+
+
+def _nearest_divisors(total: int, wanted: int) -> str:
+    divisors = [n for n in range(1, min(total, 256) + 1) if total % n == 0]
+    nearest = sorted(divisors, key=lambda n: abs(n - wanted))[:3]
+    return ", ".join(map(str, sorted(nearest)))
+
+
 def choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless the named field of a Config is one of ``choices``; for ``__post_init__``."""
     value = getattr(config, name)

@@ -12,7 +12,14 @@ from jrl.networks.cnn import CNN, PatchConv
 from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
 from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
-from jrl.networks.recurrent import GRU, WindowTransformer, apply_sequence, recurrent_network, reset_before
+from jrl.networks.recurrent import (
+    GRU,
+    WindowTransformer,
+    apply_sequence,
+    memory_core,
+    recurrent_network,
+    reset_before,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,6 +40,7 @@ __all__ = [
     "distribution",
     "from_nnx",
     "mask_aware",
+    "memory_core",
     "observation_flattener",
     "q_network",
     "recurrent_network",

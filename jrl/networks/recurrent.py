@@ -142,7 +142,7 @@ class _Attention(nn.Module):
         length, context = distance.shape
         queries, keys, values = heads(x[..., context - length :, :]), heads(x), heads(x)
         bias_shape = (self.num_heads, context - length + 1)
-        bias = self.param("distance", nn.initializers.zeros_init(), bias_shape)
+        bias = self.param("distance", nn.initializers.normal(0.02), bias_shape)
         scores = jnp.einsum("...thd,...khd->...htk", queries, keys) / np.sqrt(queries.shape[-1])
         scores = scores + bias[:, jnp.clip(distance, 0, context - length)]
         weights = jax.nn.softmax(jnp.where(visible[..., None, :, :], scores, -jnp.inf), axis=-1)
@@ -228,3 +228,16 @@ def reset_before(ended: Array) -> Array:
     The memory that a rollout carries into its first step has been reset already.
     """
     return jnp.concatenate([jnp.zeros_like(ended[:1]), ended[:-1]])
+
+
+def memory_core(config: Any) -> nn.Module | None:
+    """Return the core that a Config describes; None where its ``memory`` is ``"none"``.
+
+    ``"gru"`` takes its ``memory_size``, ``"transformer"`` also ``memory_window`` and ``memory_layers``.
+    """
+    match config.memory:
+        case "gru":
+            return GRU(config.memory_size)
+        case "transformer":
+            return WindowTransformer(config.memory_size, config.memory_window, config.memory_layers)
+    return None

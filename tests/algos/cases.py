@@ -121,6 +121,8 @@ CASES = [
     _ppo("cnn", "pixels", channels=(2,), num_epochs=1),
     _ppo("masked", "masked", normalize_observations=True, layer_norm=True),
     _ppo("target-kl", stop_at_target_kl=True, clip_value=False, standardize_advantages=False),
+    _ppo("gru", memory="gru", memory_size=8, objective="adaptive_kl"),
+    _ppo("transformer", "masked", memory="transformer", memory_size=8, memory_window=4, objective="kl"),
     _dqn("double"),
     _dqn("plain", double=False, huber=True, dueling=True, layer_norm=False),
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),

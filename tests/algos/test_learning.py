@@ -94,6 +94,48 @@ def test_ppo_learns_a_continuous_action():
     np.testing.assert_allclose(action, probe.optimal_actions, atol=0.1)
 
 
+def ppo_with_memory(probe, memory, **numbers):
+    config = ppo.Config(
+        num_envs=16,
+        unroll_length=16,
+        num_minibatches=2,
+        hidden_sizes=(16,),
+        clip_value=False,
+        memory=memory,
+        memory_size=8,
+        memory_window=4,
+    )
+    return trained(ppo, probe.env, config, 300, entropy_coef=0.0, **numbers)
+
+
+@pytest.mark.parametrize("memory", ["none", "gru", "transformer"])
+def test_only_with_a_memory_ppo_answers_what_was_shown_before(memory):
+    """The return is -1 or 1, so that a greedy policy without memory gets 0 on average, whatever it does."""
+    probe = probes.MEMORY
+    algo, state = ppo_with_memory(probe, memory, learning_rate=1e-2)
+    policy = algo.policy(state)
+    stats = jrl.evaluate(jax.random.key(1), probe.env, policy, num_episodes=256)
+    obs = jnp.asarray(probe.observations)
+    _, _, extras = policy(jax.random.key(0), obs, policy.init_memory((2,)))
+    if memory == "none":
+        assert abs(stats.episode_return.mean()) < 0.25
+    else:
+        assert stats.episode_return.min() == 1.0
+        assert_values(extras["value"], probe.value(GAMMA), 0.05)
+
+
+def test_with_a_memory_a_time_limit_is_bootstrapped_from_what_its_episode_remembers():
+    """One parameter for all steps: a value of r / (1 − γ) needs every bootstrap to be right."""
+    probe = probes.SUCCESSOR
+    algo, state = ppo_with_memory(probe, "gru", learning_rate=1e-2)
+    policy = algo.policy(state)
+    obs = jnp.asarray(probe.observations)
+    _, memory, first = policy(jax.random.key(0), obs[:1], policy.init_memory((1,)))
+    _, _, second = policy(jax.random.key(0), obs[1:], memory)
+    values = np.concatenate([first["value"], second["value"]])
+    assert_values(values, probe.value(GAMMA), 0.05)
+
+
 def test_normalised_rewards_scale_the_truncation_probe():
     """Rewards of 100: scaled by the spread of the returns, the policy still sees the whole future."""
     probe = probes.TRUNCATION
