@@ -19,7 +19,7 @@ import optax
 from flax import struct
 
 from jrl import networks, ops, replay, rollout
-from jrl.algos import checks
+from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
@@ -35,7 +35,6 @@ from jrl.types import (
     Params,
     Policy,
     PyTree,
-    Transition,
 )
 
 
@@ -85,18 +84,8 @@ class Config:
     overestimated values (as Gallici et al., 2024, arXiv:2407.04811, found for Q-learning at large)."""
 
     def __post_init__(self) -> None:
-        checks.sizes(self, "num_envs", "unroll_length", "num_updates", "batch_size", "capacity", "n_step")
-        checks.sizes(self, "warmup_env_steps", "truncation_gap")
-        if self.capacity < self.batch_size:
-            raise ValueError(
-                f"capacity={self.capacity} is smaller than batch_size={self.batch_size}: the replay must hold at "
-                "least one batch; raise capacity or lower batch_size."
-            )
-        if self.warmup_env_steps > self.capacity:
-            raise ValueError(
-                f"warmup_env_steps={self.warmup_env_steps} exceeds capacity={self.capacity}: what the warm-up "
-                "collects must fit; raise capacity or lower warmup_env_steps."
-            )
+        checks.sizes(self, "num_updates", "n_step")
+        off_policy.check_replay(self)
         if self.n_step * self.num_envs > self.capacity:
             raise ValueError(
                 f"n_step={self.n_step} windows of num_envs={self.num_envs} environments do not fit "
@@ -185,7 +174,6 @@ def make(
             f"dqn on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
             "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
         )
-    action_dtype = _narrowest(env.action.n)
     envs = vectorize(env, config.num_envs)
     network = (
         networks.q_network(env, config, dueling=config.dueling, features_first=True)
@@ -197,8 +185,6 @@ def make(
     network = networks.mask_aware(network, ops.masked)
 
     block_steps = config.num_envs * config.unroll_length
-    rows = replay.num_rows(config.capacity, config.num_envs, config.unroll_length)
-    warmup_length = -(-config.warmup_env_steps // block_steps) * config.unroll_length
     buffer = replay.prioritized if config.prioritized else replay.uniform
 
     def action_values(params: Params, obs: PyTree) -> Array:
@@ -210,12 +196,9 @@ def make(
         q = action_values(params, obs)
         return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
 
-    def collect(
-        key: Key, policy: Policy, start: rollout.RolloutState, hparams: HParams, length: int
-    ) -> tuple[rollout.RolloutState, Transition, Metrics]:
-        env_params = env.params if hparams.env is None else hparams.env
-        start, transitions, metrics = rollout.unroll(key, envs, env_params, policy, start, length)
-        return start, transitions._replace(extras=()), metrics
+    def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        action, memory, _ = act(acting, key, obs, memory)
+        return action, memory, ()
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
@@ -223,24 +206,15 @@ def make(
         env_params = env.params if hparams.env is None else hparams.env
         start = rollout.start(reset_key, envs, env_params, config.num_envs)
         params = network.init(network_key, start.obs, ())
-        explore = Policy(act, (params, jnp.float32(1.0)))
-
-        def fill(
-            carry: tuple[rollout.RolloutState, PyTree], key: Key
-        ) -> tuple[tuple[rollout.RolloutState, PyTree], None]:
-            start, memory = carry
-            start, transitions, _ = collect(key, explore, start, hparams, config.unroll_length)
-            return (start, buffer.add(memory, transitions)), None
-
-        # Block by block: the whole warm-up at once would be held a second time beside the replay.
-        keys = jax.random.split(warmup_key, warmup_length // config.unroll_length)
-        _, block, _ = jax.eval_shape(
-            lambda key: collect(key, explore, start, hparams, config.unroll_length), warmup_key
+        start, memory = off_policy.warm_up(
+            warmup_key,
+            envs,
+            env_params,
+            Policy(explore, (params, jnp.float32(1.0))),
+            start,
+            config,
+            buffer,
         )
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), block)
-        one = one._replace(action=jax.ShapeDtypeStruct((), action_dtype))
-        empty = buffer.init(one, rows, config.num_envs, config.truncation_gap)
-        (start, memory), _ = jax.lax.scan(fill, (start, empty), keys)
         return State(
             params=params,
             # A copy of its own: two leaves of one buffer could not both be donated.
@@ -249,7 +223,7 @@ def make(
             rollout=start,
             replay=memory,
             since_target=jnp.float32(0),
-            env_steps=ops.counter.add(ops.counter.zero(), warmup_length * config.num_envs),
+            env_steps=ops.counter.add(ops.counter.zero(), off_policy.warmup_env_steps(config)),
             key=state_key,
         )
 
@@ -317,17 +291,6 @@ def make(
             "grad_norm": optax.global_norm(grads),
         }
 
-    def copy_target(state: State, hparams: HParams) -> State:
-        """Copy the online network if target_period steps have gone by, whatever divides them."""
-        since = state.since_target + block_steps
-        due = since >= hparams.target_period
-        target_params = jax.tree.map(
-            lambda new, old: jnp.where(due, new, old), state.params, state.target_params
-        )
-        return dataclasses.replace(
-            state, target_params=target_params, since_target=jnp.where(due, 0.0, since)
-        )
-
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
@@ -340,9 +303,13 @@ def make(
             duration=hparams.epsilon_env_steps,
         )
         learning_rate = annealed_learning_rate(hparams, env_steps)
-        behaviour = Policy(act, (state.params, epsilon))
-        rollout_state, transitions, episode_metrics = collect(
-            unroll_key, behaviour, state.rollout, hparams, config.unroll_length
+        rollout_state, transitions, episode_metrics = rollout.unroll(
+            unroll_key,
+            envs,
+            env.params if hparams.env is None else hparams.env,
+            Policy(explore, (state.params, epsilon)),
+            state.rollout,
+            config.unroll_length,
         )
         state = dataclasses.replace(
             state,
@@ -357,7 +324,10 @@ def make(
             jax.random.split(update_key, config.num_updates),
         )
         if not config.polyak:
-            state = copy_target(state, hparams)
+            target_params, since_target = off_policy.copy_periodically(
+                state.params, state.target_params, state.since_target, block_steps, hparams.target_period
+            )
+            state = dataclasses.replace(state, target_params=target_params, since_target=since_target)
         metrics = jax.tree.map(jnp.mean, metrics)
         return state, episode_metrics | metrics | {"epsilon": epsilon, "learning_rate": learning_rate}
 
@@ -366,8 +336,3 @@ def make(
         return Policy(act, (state.params, jnp.float32(0.0 if greedy else epsilon)))
 
     return Algorithm(init, step, policy, block_steps, env)
-
-
-def _narrowest(num_actions: int) -> Any:
-    """Return the narrowest dtype of an action, which shares a word with the flags in the replay."""
-    return jnp.uint8 if num_actions <= 2**8 else jnp.uint16 if num_actions <= 2**16 else jnp.int32

@@ -32,7 +32,9 @@ from jrl.ops.returns import (
     lambda_returns,
     n_step_returns,
     q_lambda,
+    rescale_value,
     retrace,
+    unscale_value,
     vtrace,
     watkins_q_lambda,
 )
@@ -47,6 +49,16 @@ from jrl.ops.schedules import (
     warmup_cosine_schedule,
 )
 from jrl.ops.shuffle import shuffled_indices
+from jrl.ops.value_distributions import (
+    categorical_cross_entropy,
+    categorical_mean,
+    categorical_projection,
+    munchausen_bonus,
+    quantile_huber_loss,
+    quantile_midpoints,
+    scaled_log_policy,
+    soft_value,
+)
 
 __all__ = [
     "Categorical",
@@ -57,6 +69,9 @@ __all__ = [
     "approx_kl",
     "boltzmann",
     "boltzmann_policy",
+    "categorical_cross_entropy",
+    "categorical_mean",
+    "categorical_projection",
     "clip_fraction",
     "clipped_value_loss",
     "cosine_schedule",
@@ -77,6 +92,7 @@ __all__ = [
     "linear_schedule",
     "masked",
     "mdp",
+    "munchausen_bonus",
     "n_step_returns",
     "piecewise_schedule",
     "polynomial_schedule",
@@ -84,12 +100,18 @@ __all__ = [
     "ppo_kl_loss",
     "q_lambda",
     "q_target",
+    "quantile_huber_loss",
+    "quantile_midpoints",
+    "rescale_value",
     "retrace",
+    "scaled_log_policy",
     "select_action",
     "shuffled_indices",
+    "soft_value",
     "standardize",
     "td_error",
     "ucb_policy",
+    "unscale_value",
     "value_loss",
     "vtrace",
     "warmup_cosine_schedule",
