@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.types import Array, Environment, Key, Memory, Metrics, Policy, PyTree, Transition
+from jrl.types import Array, Environment, Key, Memory, Metrics, Network, Policy, PyTree, Transition
 
 
 class RolloutState(NamedTuple):
@@ -119,7 +119,7 @@ def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) 
     }
 
 
-def reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:
+def reset_memory(policy: Policy | Network, memory: Memory, ended: Array) -> Memory:
     """Return ``memory`` (leaves ``[B, ...]``) with its initial value where ``ended`` (bool ``[B]``)."""
     if not jax.tree.leaves(memory):
         return memory

@@ -230,11 +230,14 @@ class Network(NamedTuple):
         init: ``(key, obs, memory) -> params``.
         apply: ``(params, obs, memory) -> (output, memory)``.
         init_memory: ``batch_shape -> memory``.
+        sequence: ``(params, obs [T, B], memory [B], reset [T, B]) -> (output [T, B], memory [B])``, the same as
+            ``apply`` step by step, but faster; None scans ``apply`` (:func:`jrl.networks.apply_sequence`).
     """
 
     init: Callable[..., Params]
     apply: Callable[..., tuple[PyTree, Memory]]
     init_memory: Callable[[tuple[int, ...]], Memory] = no_memory
+    sequence: Callable[..., tuple[PyTree, Memory]] | None = None
 
 
 # ------------------------------------------------------------------------------------------- algorithms

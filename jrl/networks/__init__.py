@@ -13,10 +13,19 @@ from jrl.networks.cnn import CNN, PatchConv
 from jrl.networks.defaults import TorsoConfig, actor_critic, implicit_q_network, q_network
 from jrl.networks.heads import ActorCritic, ImplicitQNetwork, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.recurrent import (
+    GRU,
+    WindowTransformer,
+    apply_sequence,
+    memory_core,
+    recurrent_network,
+    reset_before,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "CNN",
+    "GRU",
     "MLP",
     "ActorCritic",
     "ImplicitQNetwork",
@@ -24,7 +33,9 @@ __all__ = [
     "PolicyHead",
     "QNetwork",
     "TorsoConfig",
+    "WindowTransformer",
     "actor_critic",
+    "apply_sequence",
     "as_network",
     "check_policy_output",
     "check_q_output",
@@ -32,7 +43,10 @@ __all__ = [
     "from_nnx",
     "implicit_q_network",
     "mask_aware",
+    "memory_core",
     "noisy",
     "observation_flattener",
     "q_network",
+    "recurrent_network",
+    "reset_before",
 ]

@@ -126,7 +126,13 @@ def mask_aware(network: Network, mask_output: Callable[[PyTree, jax.Array], PyTr
         output, memory = network.apply(params, obs.obs, memory)
         return mask_output(output, obs.action_mask), memory
 
-    return Network(init, apply, network.init_memory)
+    def sequence(params: PyTree, obs: PyTree, memory: PyTree, reset: jax.Array) -> tuple[PyTree, PyTree]:
+        if not isinstance(obs, MaskedObservation):
+            return network.sequence(params, obs, memory, reset)  # type: ignore[misc]
+        output, memory = network.sequence(params, obs.obs, memory, reset)  # type: ignore[misc]
+        return mask_output(output, obs.action_mask), memory
+
+    return Network(init, apply, network.init_memory, sequence if network.sequence else None)
 
 
 def _plain(observation: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
 from jrl.networks.heads import ActorCritic, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.recurrent import recurrent_network
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
 
+_identity = functools.partial(MLP, ())  # the torso of a head that is given features
 FEATURES_FIRST_BATCH = 128  # below, transposing costs what the products gain
 
 
@@ -45,7 +47,12 @@ class TorsoConfig(Protocol):
 
 
 def actor_critic(
-    env: Environment, config: TorsoConfig, *, shared_torso: bool = False, features_first: bool = False
+    env: Environment,
+    config: TorsoConfig,
+    *,
+    shared_torso: bool = False,
+    features_first: bool = False,
+    core: Any = None,
 ) -> Network:
     """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``.
 
@@ -55,8 +62,12 @@ def actor_critic(
         shared_torso: one torso for the policy and the value, instead of one each.
         features_first: compute large batches in the layout that is fastest on a CPU
             (:mod:`jrl.networks.mlp`); then it has no forward-mode derivative (``jax.jvp``).
+        core: a memory between one torso and both heads, such as :class:`jrl.networks.GRU`; the two options above
+            do not apply then.
     """
     torso, prepare, rank = _torso(env, config)
+    if core is not None:
+        return recurrent_network(torso(), core, ActorCritic(_identity, env.action, True), prepare)
     return _network(ActorCritic(torso, env.action, shared_torso), prepare, rank, features_first)
 
 
@@ -67,6 +78,7 @@ def q_network(
     dueling: bool = False,
     num_atoms: int | None = None,
     features_first: bool = False,
+    core: Any = None,
 ) -> Network:
     """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`.
 
@@ -74,6 +86,10 @@ def q_network(
     """
     assert isinstance(env.action, Discrete)
     torso, prepare, rank = _torso(env, config)
+    if core is not None:
+        return recurrent_network(
+            torso(), core, QNetwork(_identity, env.action.n, dueling, num_atoms), prepare
+        )
     return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
 
 

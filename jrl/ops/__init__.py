@@ -11,6 +11,7 @@ from jrl.ops.exploration import (
     ucb_policy,
 )
 from jrl.ops.losses import (
+    adapted_kl_coef,
     approx_kl,
     clip_fraction,
     clipped_value_loss,
@@ -18,6 +19,7 @@ from jrl.ops.losses import (
     explained_variance,
     huber,
     ppo_clip_loss,
+    ppo_kl_loss,
     q_target,
     select_action,
     standardize,
@@ -63,6 +65,7 @@ __all__ = [
     "MultiCategorical",
     "Normal",
     "TanhNormal",
+    "adapted_kl_coef",
     "approx_kl",
     "boltzmann",
     "boltzmann_policy",
@@ -94,6 +97,7 @@ __all__ = [
     "piecewise_schedule",
     "polynomial_schedule",
     "ppo_clip_loss",
+    "ppo_kl_loss",
     "q_lambda",
     "q_target",
     "quantile_huber_loss",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import dqn, linear, monte_carlo, ppo, pqn, rainbow, tabular
+from jrl import dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, tabular
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -115,6 +115,18 @@ def _linear(name: str, env: str = "MountainCar-v0", **choices: Any) -> Case:
 
 
 PQN = {"num_envs": 4, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
+R2D2 = {
+    "num_envs": 4,
+    "unroll_length": 3,
+    "num_updates": 2,
+    "batch_size": 4,
+    "burn_in": 2,
+    "learn_length": 5,
+    "capacity": 80,
+    "warmup_env_steps": 36,
+    "hidden_sizes": (8,),
+    "memory_size": 8,
+}
 
 CASES = [
     _ppo("discrete"),
@@ -123,6 +135,8 @@ CASES = [
     _ppo("cnn", "pixels", channels=(2,), num_epochs=1),
     _ppo("masked", "masked", normalize_observations=True, layer_norm=True),
     _ppo("target-kl", stop_at_target_kl=True, clip_value=False, standardize_advantages=False),
+    _ppo("gru", memory="gru", memory_size=8, objective="adaptive_kl"),
+    _ppo("transformer", "masked", memory="transformer", memory_size=8, memory_window=4, objective="kl"),
     _dqn("double"),
     _dqn("plain", double=False, huber=True, dueling=True, layer_norm=False),
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
@@ -134,6 +148,7 @@ CASES = [
     _dqn("cnn", "pixels", channels=(2,)),
     _dqn("masked", "masked"),
     Case("pqn", pqn, "masked", pqn.Config(**PQN)),
+    Case("r2d2", r2d2, "masked", r2d2.Config(**R2D2)),
     _tabular("q-learning"),
     _tabular("sarsa", "grid-raw", target="sarsa", exploration="boltzmann", step_size="visits"),
     _tabular("expected-sarsa", "grid-raw", target="expected_sarsa", exploration="ucb"),

@@ -187,9 +187,9 @@ def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
         example = jax.eval_shape(env.action.sample, jax.random.key(0))
         assert action.shape == (*shape, *example.shape)
         assert action.dtype == example.dtype
-        assert memory == ()
+        assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, policy.init_memory(shape))
     if greedy:
-        other, _, _ = policy(jax.random.key(1), batch, ())
+        other, _, _ = policy(jax.random.key(1), batch, policy.init_memory(shape))
         np.testing.assert_array_equal(action, other)
 
 
