@@ -47,7 +47,7 @@ class Config:
     """Steps in each environment between two updates."""
     num_epochs: int = 2
     """Passes over each batch."""
-    num_minibatches: int = 16
+    num_minibatches: int = 32
     """Parts of a batch, each one gradient step; must divide num_envs × unroll_length."""
     torso: str = "auto"
     """'mlp', 'cnn', or 'auto': cnn for image observations, else mlp."""
@@ -70,7 +70,7 @@ class Config:
 class HParams:
     """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Adam's step size."""
     learning_rate_end: float = 0.0
     """Step size at the end of annealing."""
@@ -79,7 +79,7 @@ class HParams:
     raise it with them."""
     gamma: float = 0.99
     """Discount factor γ."""
-    q_lambda: float = 0.65
+    q_lambda: float = 0.9
     """λ of the targets: 0 is one-step Q-learning, 1 the return of the window."""
     epsilon_start: float = 1.0
     """Chance of a random action at env step 0."""
