@@ -253,3 +253,35 @@ def test_r2d2_bootstraps_a_time_limit_from_what_its_episode_remembers(probe):
         _, memory, extras = policy(jax.random.key(0), obs[None], memory)
         q.append(ops.unscale_value(extras["q"][0]))
     assert_values(np.stack(q), probe.q(GAMMA), 0.05)
+
+
+@pytest.mark.slow
+def test_double_takes_the_overestimation_of_ten_equal_actions_away():
+    """Rewards from N(0, 1) for ever, whatever one does: every value is 0. At most 20 % of it may be left."""
+
+    def transition(key, state, action, params):
+        return state, jnp.ones(1), jax.random.normal(key), False, False
+
+    env = jrl.envs.from_functions(
+        lambda key, params: ((), jnp.ones(1)), transition, (), jrl.Discrete(10), "ten actions of mean zero"
+    )
+
+    def overestimation(double):
+        sizes = {"num_envs": 32, "unroll_length": 4, "num_updates": 4, "batch_size": 32, "capacity": 65_536}
+        config = dqn.Config(
+            **sizes, warmup_env_steps=2_048, hidden_sizes=(32,), layer_norm=False, double=double
+        )
+        algo = dqn.make(env, config)
+        hparams = dqn.HParams(
+            gamma=GAMMA, learning_rate=1e-2, anneal_env_steps=0.0, epsilon_end=1.0, target_period=6_400.0
+        )
+        state = jax.jit(algo.init)(jax.random.key(0), hparams)
+        values = []
+        for _ in range(10):
+            state, _ = jrl.train(algo, state, hparams, num_steps=150)
+            values.append(algo.policy(state)(jax.random.key(0), jnp.ones((1, 1)))[2]["q"].mean())
+        return np.mean(values[5:])
+
+    single = overestimation(double=False)
+    assert single > 0.4
+    assert abs(overestimation(double=True)) < 0.2 * single
