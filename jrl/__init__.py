@@ -27,6 +27,9 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     # ring 2
     "ppo": ("jrl.algos.ppo", None),
     "dqn": ("jrl.algos.dqn", None),
+    "rainbow": ("jrl.algos.rainbow", None),
+    "pqn": ("jrl.algos.pqn", None),
+    "r2d2": ("jrl.algos.r2d2", None),
     "tabular": ("jrl.algos.tabular", None),
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
@@ -88,7 +91,7 @@ if TYPE_CHECKING:
         testing,
         types,
     )
-    from jrl.algos import dqn, linear, monte_carlo, ppo, tabular
+    from jrl.algos import dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.types import Array, Environment, Key, Memory, Metrics, Policy, PyTree, Transition
+from jrl.types import Array, Environment, Key, Memory, Metrics, Network, Policy, PyTree, Transition
 
 
 class RolloutState(NamedTuple):
@@ -159,7 +159,7 @@ def successor_values(
     return values.reshape(length, num_envs)
 
 
-def reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:
+def reset_memory(policy: Policy | Network, memory: Memory, ended: Array) -> Memory:
     """Return ``memory`` (leaves ``[B, ...]``) with its initial value where ``ended`` (bool ``[B]``)."""
     if not jax.tree.leaves(memory):
         return memory

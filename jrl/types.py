@@ -166,6 +166,13 @@ class MaskedObservation(NamedTuple):
     action_mask: Array
 
 
+class QuantileQuery(NamedTuple):
+    """What an implicit quantile network is called on: observations, and fractions τ in [0, 1], float32 ``[..., K]``."""
+
+    obs: PyTree
+    fraction: Array
+
+
 class Transition(NamedTuple):
     """Experience as :func:`jrl.rollout.unroll` records it, time-major ``[T, B, ...]``.
 
@@ -223,11 +230,14 @@ class Network(NamedTuple):
         init: ``(key, obs, memory) -> params``.
         apply: ``(params, obs, memory) -> (output, memory)``.
         init_memory: ``batch_shape -> memory``.
+        sequence: ``(params, obs [T, B], memory [B], reset [T, B]) -> (output [T, B], memory [B])``, the same as
+            ``apply`` step by step, but faster; None scans ``apply`` (:func:`jrl.networks.apply_sequence`).
     """
 
     init: Callable[..., Params]
     apply: Callable[..., tuple[PyTree, Memory]]
     init_memory: Callable[[tuple[int, ...]], Memory] = no_memory
+    sequence: Callable[..., tuple[PyTree, Memory]] | None = None
 
 
 # ------------------------------------------------------------------------------------------- algorithms

@@ -63,6 +63,16 @@ def sizes(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={value}: must be at least 1.")
 
 
+def discrete(env: Environment, algorithm: str) -> Discrete:
+    """Return the actions of ``env``; raises TypeError unless they are Discrete."""
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"{algorithm} on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
+            "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    return env.action
+
+
 def shard(config: Any, shards: Shards) -> int:
     """Return the environments of each shard.
 
@@ -82,6 +92,41 @@ def shard(config: Any, shards: Shards) -> int:
             "equal part of every shard; use fewer minibatches or shards."
         )
     return num_envs
+
+
+def minibatches(config: Any) -> None:
+    """Raise ValueError unless a Config's batch splits into equal minibatches; for ``__post_init__``."""
+    batch = config.num_envs * config.unroll_length
+    if batch % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the batch of num_envs × unroll_length = "
+            f"{config.num_envs} × {config.unroll_length} = {batch}; use for instance "
+            f"{_nearest_divisors(batch, config.num_minibatches)}."
+        )
+    # PQN has no advantages.
+    if getattr(config, "standardize_advantages", False) and batch == config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} leaves one transition a minibatch, whose standardised "
+            "advantage is always 0; use fewer, or standardize_advantages=False."
+        )
+
+
+def sequences(config: Any, shards: Shards) -> None:
+    """Raise ValueError unless the environments of a shard split into equal minibatches."""
+    num_envs = config.num_envs // shards.count
+    if num_envs % config.num_minibatches:
+        of_shard = f" of one of {shards.count} shards" if shards.count > 1 else ""
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches} does not divide the num_envs={num_envs} environments{of_shard}: "
+            "with a memory a minibatch is the whole unrolls of some of them; use for instance "
+            f"{_nearest_divisors(num_envs, config.num_minibatches)}."
+        )
+
+
+def _nearest_divisors(total: int, wanted: int) -> str:
+    divisors = [n for n in range(1, min(total, 256) + 1) if total % n == 0]
+    nearest = sorted(divisors, key=lambda n: abs(n - wanted))[:3]
+    return ", ".join(map(str, sorted(nearest)))
 
 
 def choice(config: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -1,10 +1,13 @@
 """Proximal policy optimisation (Schulman et al., 2017, https://arxiv.org/abs/1707.06347).
 
 With generalised advantage estimation (Schulman et al., 2016, https://arxiv.org/abs/1506.02438) and the
-details that make it work (Huang et al., 2022, "The 37 implementation details of PPO"). Where this differs
-from the usual code: at a time limit the target bootstraps from the value of the true last observation; the
-minibatches come from :func:`jrl.ops.shuffled_indices` instead of a sort; values are computed once after the
-rollout, on the whole batch, instead of at each of its steps.
+details that make it work (Huang et al., 2022, "The 37 implementation details of PPO"). The objective is the clipped
+one, or one with a KL penalty, of a fixed coefficient or one that adapts (both in the first paper, section 4).
+
+With a memory minibatches are whole unrolls of some of the environments, from the memory that they began with. Where
+this differs from the usual code: at a time limit the target bootstraps from the value of the true last observation,
+seen with the memory of its episode; the minibatches come from :func:`jrl.ops.shuffled_indices` instead of a sort;
+values are computed once after the rollout, on the whole batch, instead of at each of its steps.
 """
 
 from __future__ import annotations
@@ -19,14 +22,12 @@ import optax
 from flax import struct
 
 from jrl import networks, normalize, ops, rollout
-from jrl.algos import checks
-from jrl.envs import clip_action, vectorize
+from jrl.algos import acting, checks
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
 from jrl.types import (
     Algorithm,
     Array,
-    Box,
     Environment,
     Key,
     Memory,
@@ -50,7 +51,18 @@ class Config:
     num_epochs: int = 4
     """Passes over each batch."""
     num_minibatches: int = 4
-    """Parts of a batch, each one gradient step; must divide num_envs × unroll_length."""
+    """Parts of a batch, each one gradient step; must divide num_envs × unroll_length, with a memory num_envs."""
+    objective: str = "clip"
+    """'clip'; 'kl': penalise the divergence from the policy that acted by kl_coef; 'adaptive_kl': by a coefficient that
+    begins there and halves or doubles to keep the divergence near target_kl."""
+    memory: str = "none"
+    """'none'; 'gru'; or 'transformer': attention over the last memory_window steps."""
+    memory_size: int = 64
+    """Width of the memory."""
+    memory_window: int = 16
+    """Steps back that each layer of a transformer sees."""
+    memory_layers: int = 1
+    """Layers of a transformer."""
     torso: str = "auto"
     """'mlp', 'cnn', or 'auto': cnn for image observations, else mlp."""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -76,20 +88,10 @@ class Config:
 
     def __post_init__(self) -> None:
         checks.sizes(self, "num_envs", "unroll_length", "num_epochs", "num_minibatches")
-        batch = self.num_envs * self.unroll_length
-        if batch % self.num_minibatches:
-            divisors = [n for n in range(1, min(batch, 256) + 1) if batch % n == 0]
-            nearest = sorted(divisors, key=lambda n: abs(n - self.num_minibatches))[:3]
-            raise ValueError(
-                f"num_minibatches={self.num_minibatches} does not divide the batch of num_envs × unroll_length = "
-                f"{self.num_envs} × {self.unroll_length} = {batch}; use for instance "
-                f"{', '.join(map(str, sorted(nearest)))}."
-            )
-        if self.standardize_advantages and batch == self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches={self.num_minibatches} leaves one transition a minibatch, whose standardised "
-                "advantage is always 0; use fewer, or standardize_advantages=False."
-            )
+        checks.minibatches(self)
+        checks.choice(self, "objective", ("clip", "kl", "adaptive_kl"))
+        checks.choice(self, "memory", ("none", "gru", "transformer"))
+        checks.sizes(self, "memory_size", "memory_window", "memory_layers")
         check_torso(self)
 
 
@@ -118,7 +120,9 @@ class HParams:
     max_grad_norm: float = 0.5
     """Gradients are clipped to this global norm, over policy and value together."""
     target_kl: float = 0.02
-    """With stop_at_target_kl: the KL (nats) at which an update stops."""
+    """The KL (nats) that the adaptive penalty aims at, and at which an update stops with stop_at_target_kl."""
+    kl_coef: float = 1.0
+    """Weight of the KL penalty; of the adaptive one, at the start."""
     env: PyTree = None
     """The environment's own parameters; None means env.params."""
 
@@ -132,12 +136,17 @@ class State:
     rollout: rollout.RolloutState
     observation_statistics: PyTree
     reward_scaling: PyTree
+    kl_coef: PyTree
     env_steps: Array
     key: Key
 
 
 class Batch(NamedTuple):
-    """What an update learns from, flat ``[T·B, ...]``; ``obs`` already normalised."""
+    """What an update learns from, flat ``[T·B, ...]``, or with a memory ``[T, B, ...]``; ``obs`` already normalised.
+
+    ``head`` is that of the policy that acted, for a KL penalty; ``reset`` says before which steps an episode ended;
+    ``memory [1, B, ...]`` is that of the first step. What is not needed is ``()``.
+    """
 
     obs: PyTree
     action: Array
@@ -145,6 +154,9 @@ class Batch(NamedTuple):
     value: Array
     advantage: Array
     target: Array
+    head: PyTree
+    reset: PyTree
+    memory: Memory
 
 
 def make(
@@ -160,32 +172,35 @@ def make(
     Args:
         env: a single environment, from :func:`jrl.make` or your own; Discrete, MultiDiscrete or Box actions.
         config: static choices.
-        network: any ``init``/``apply`` pair, ``obs -> (policy head, value)``: the head is logits
-            (MultiDiscrete: side by side), or ``(mean, log_std)`` for a Box. None builds one from ``config``.
+        network: any ``init``/``apply`` pair, ``obs -> (policy head, value)``, with a memory or without: the head is
+            logits (MultiDiscrete: side by side), or ``(mean, log_std)`` for a Box. None builds one from ``config``.
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
         shards: the parts of a run's environments, of which this kernel is to compute one; given by
             :func:`jrl.parallel.data_parallel`. Each minibatch then has an equal part of every shard.
 
     Raises:
         TypeError: ``env``, ``config`` or ``network`` is not what it should be.
-        ValueError: ``env`` is vectorised already; ``network``'s output does not fit the action space, or it has
-            a memory; ``config`` cannot be split into so many shards.
+        ValueError: ``env`` is vectorised already; ``network``'s output does not fit the action space; ``config``
+            cannot be split into so many shards, or the sequences of a memory into so many minibatches.
     """
     config = checks.config(config, Config)
     num_envs = checks.shard(config, shards)
-    checks.environment(env)
-    distribution = networks.distribution(env.action)
-    envs = vectorize(env, num_envs)
-    if isinstance(env.action, Box):
-        envs = clip_action(envs)  # the loss keeps the action that was drawn
-    network = (
-        networks.actor_critic(env, config, shared_torso=config.shared_torso, features_first=True)
-        if network is None
-        else networks.as_network(network)
+    envs, network, distribution = actor = acting.actor(
+        env,
+        num_envs,
+        network,
+        lambda: networks.actor_critic(
+            env,
+            config,
+            shared_torso=config.shared_torso,
+            features_first=True,
+            core=networks.memory_core(config),
+        ),
     )
-    checks.feed_forward(network, "ppo")
-    networks.check_policy_output(network, env.observation, env.action)
-    network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
+    with_memory = bool(jax.tree.leaves(network.init_memory(())))
+    if with_memory:
+        checks.sequences(config, shards)
+    penalized, adaptive = config.objective != "clip", config.objective == "adaptive_kl"
 
     # Shards exchange the moments of all minibatches at once, so that in the loop they exchange gradients only.
     standardize_before = config.standardize_advantages and shards.count > 1
@@ -197,24 +212,16 @@ def make(
     def normalized(statistics: PyTree, obs: PyTree) -> PyTree:
         return normalize.normalize(statistics, obs) if config.normalize_observations else obs
 
-    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        params, statistics = acting
-        (head, _), memory = network.apply(params, normalized(statistics, obs), memory)
+    def apply_normalized(params: PyTree, obs: PyTree, memory: Memory) -> tuple[PyTree, Memory]:
+        return network.apply(params[0], normalized(params[1], obs), memory)
+
+    def act(params: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        (head, _), memory = apply_normalized(params, obs, memory)
         policy = distribution(head)
         action = policy.sample(key)
-        return action, memory, policy.log_prob(action)
+        return action, memory, (policy.log_prob(action), memory)
 
-    def play(greedy: bool, acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple:
-        params, statistics = acting
-        (head, value), memory = network.apply(params, normalized(statistics, obs), memory)
-        policy = distribution(head)
-        action = policy.mode() if greedy else policy.sample(key)
-        if isinstance(env.action, Box):
-            action = jnp.clip(action, env.action.low, env.action.high)
-        return action, memory, {"value": value}
-
-    play_greedily = jax.tree_util.Partial(play, True)
-    play_sampled = jax.tree_util.Partial(play, False)
+    played = acting.policies(actor._replace(network=network._replace(apply=apply_normalized)))
 
     def env_params(hparams: HParams) -> PyTree:
         return env.params if hparams.env is None else hparams.env
@@ -233,18 +240,25 @@ def make(
                 normalize.init_statistics(env.observation) if config.normalize_observations else ()
             ),
             reward_scaling=normalize.init_reward_scaling(num_envs) if config.normalize_rewards else (),
+            kl_coef=jnp.asarray(hparams.kl_coef, jnp.float32) if adaptive else (),
             env_steps=ops.counter.zero(),
             key=state_key,
         )
 
     def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
-        def values(obs: PyTree) -> Array:
-            (_, value), _ = network.apply(state.params, normalized(state.observation_statistics, obs), ())
-            return value
-
         obs = normalized(state.observation_statistics, transitions.obs)
-        value = values(transitions.obs)
-        next_value = rollout.successor_values(values, value, transitions, transitions.next_obs)
+        log_prob, next_memory = transitions.extras
+        memory = state.rollout.memory
+        reset = networks.reset_before(transitions.terminated | transitions.truncated)
+        (head, value), _ = networks.apply_sequence(network, state.params, obs, memory, reset)
+
+        def successor_value(successor: tuple[PyTree, Memory]) -> Array:
+            next_obs, next_memory = successor
+            next_obs = normalized(state.observation_statistics, next_obs)
+            return network.apply(state.params, next_obs, next_memory)[0][1]
+
+        successors = (transitions.next_obs, next_memory)
+        next_value = rollout.successor_values(successor_value, value, transitions, successors)
         advantage, target = ops.gae(
             reward,
             value,
@@ -254,22 +268,31 @@ def make(
             gamma=hparams.gamma,
             gae_lambda=hparams.gae_lambda,
         )
-        batch = Batch(obs, transitions.action, transitions.extras, value, advantage, target)
+        head = head if penalized else ()
+        batch = Batch(obs, transitions.action, log_prob, value, advantage, target, head, (), ())
+        if with_memory:
+            return batch._replace(reset=reset, memory=jax.tree.map(lambda leaf: leaf[None], memory))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
 
-    def loss(params: Params, batch: Batch, hparams: HParams) -> tuple[Array, Metrics]:
-        (head, value), _ = network.apply(params, batch.obs, ())
+    def loss(params: Params, batch: Batch, kl_coef: PyTree, hparams: HParams) -> tuple[Array, Metrics]:
+        memory = jax.tree.map(lambda leaf: leaf[0], batch.memory)
+        (head, value), _ = networks.apply_sequence(network, params, batch.obs, memory, batch.reset)
         policy = distribution(head)
         log_prob = policy.log_prob(batch.action)
         advantage = ops.standardize(batch.advantage) if standardize_within else batch.advantage
-        policy_loss = ops.ppo_clip_loss(log_prob, batch.log_prob, advantage, hparams.clip_eps)
+        metrics = {}
+        if penalized:
+            metrics["kl"] = distribution(batch.head).kl(policy).mean()
+            policy_loss = ops.ppo_kl_loss(log_prob, batch.log_prob, advantage, metrics["kl"], kl_coef)
+        else:
+            policy_loss = ops.ppo_clip_loss(log_prob, batch.log_prob, advantage, hparams.clip_eps)
         if config.clip_value:
             value_loss = ops.clipped_value_loss(value, batch.value, batch.target, hparams.value_clip_eps)
         else:
             value_loss = ops.value_loss(value, batch.target)
         entropy = policy.entropy().mean()
         total = policy_loss + hparams.value_coef * value_loss - hparams.entropy_coef * entropy
-        return total, {
+        return total, metrics | {
             "loss": total,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
@@ -282,22 +305,29 @@ def make(
         """Take num_epochs × num_minibatches gradient steps on ``batch``."""
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         gradient_step = optimizer(hparams, learning_rate).update
-        size = batch.advantage.shape[0]
+        kl_coef = state.kl_coef if adaptive else hparams.kl_coef
+        size = num_envs if with_memory else batch.advantage.size
+
+        def part(leaf: Array, index: Array) -> Array:
+            return leaf[:, index] if with_memory else leaf[index]
+
         shuffles = jax.vmap(lambda key: ops.shuffled_indices(key, size))(
             jax.random.split(key, config.num_epochs)
         )
         shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
         advantages = None
         if standardize_before:
-            advantages = jax.vmap(lambda x: ops.standardize(x, mean=mean))(batch.advantage[shuffles])
+            advantages = jax.vmap(lambda index: ops.standardize(part(batch.advantage, index), mean=mean))(
+                shuffles
+            )
 
         def minibatch_step(carry: tuple, shuffled: tuple) -> tuple[tuple, Metrics]:
             params, opt_state, stopped = carry
             index, advantage = shuffled
-            minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
+            minibatch = jax.tree.map(lambda leaf: part(leaf, index), batch)
             if standardize_before:
                 minibatch = minibatch._replace(advantage=advantage)
-            grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch, hparams))
+            grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch, kl_coef, hparams))
             metrics["grad_norm"] = optax.global_norm(grads)
             updates, new_opt_state = gradient_step(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
@@ -309,8 +339,15 @@ def make(
             return (*new, stopped), metrics
 
         start = (state.params, state.opt_state, jnp.bool_(False))
-        (params, opt_state, _), metrics = jax.lax.scan(minibatch_step, start, (shuffles, advantages))
-        metrics = jax.tree.map(jnp.mean, metrics)
+        (params, opt_state, _), steps = jax.lax.scan(minibatch_step, start, (shuffles, advantages))
+        metrics = jax.tree.map(jnp.mean, steps)
+        if adaptive:
+            metrics["kl_coef"] = kl_coef
+            # Of the last epoch, as the paper measures it when the update is over.
+            kl_coef = ops.adapted_kl_coef(
+                kl_coef, steps["kl"][-config.num_minibatches :].mean(), hparams.target_kl
+            )
+            state = dataclasses.replace(state, kl_coef=kl_coef)
         metrics["learning_rate"] = learning_rate
         metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target, mean=mean)
         return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
@@ -350,8 +387,7 @@ def make(
 
     def policy(state: State, *, greedy: bool = True) -> Policy:
         """Return the current policy: the mode of its distribution, or samples from it."""
-        acting = (state.params, state.observation_statistics)
-        return Policy(play_greedily if greedy else play_sampled, acting, network.init_memory)
+        return played((state.params, state.observation_statistics), greedy=greedy)
 
     env_steps_per_step = config.num_envs * config.unroll_length
     return Algorithm(init, step, policy, env_steps_per_step, env)

@@ -1,5 +1,6 @@
 """Networks: default ones for control, and adapters that make any ``init``/``apply`` pair one."""
 
+from jrl.networks import noisy
 from jrl.networks.adapters import (
     as_network,
     check_policy_output,
@@ -9,26 +10,43 @@ from jrl.networks.adapters import (
     observation_flattener,
 )
 from jrl.networks.cnn import CNN, PatchConv
-from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
-from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
+from jrl.networks.defaults import TorsoConfig, actor_critic, implicit_q_network, q_network
+from jrl.networks.heads import ActorCritic, ImplicitQNetwork, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.recurrent import (
+    GRU,
+    WindowTransformer,
+    apply_sequence,
+    memory_core,
+    recurrent_network,
+    reset_before,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "CNN",
+    "GRU",
     "MLP",
     "ActorCritic",
+    "ImplicitQNetwork",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
     "TorsoConfig",
+    "WindowTransformer",
     "actor_critic",
+    "apply_sequence",
     "as_network",
     "check_policy_output",
     "check_q_output",
     "distribution",
     "from_nnx",
+    "implicit_q_network",
     "mask_aware",
+    "memory_core",
+    "noisy",
     "observation_flattener",
     "q_network",
+    "recurrent_network",
+    "reset_before",
 ]

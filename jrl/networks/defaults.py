@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from flax import linen as nn
 
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
-from jrl.networks.heads import ActorCritic, QNetwork
+from jrl.networks.heads import ActorCritic, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
+from jrl.networks.recurrent import recurrent_network
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
 
+_identity = functools.partial(MLP, ())  # the torso of a head that is given features
 FEATURES_FIRST_BATCH = 128  # below, transposing costs what the products gain
 
 
@@ -45,7 +47,12 @@ class TorsoConfig(Protocol):
 
 
 def actor_critic(
-    env: Environment, config: TorsoConfig, *, shared_torso: bool = False, features_first: bool = False
+    env: Environment,
+    config: TorsoConfig,
+    *,
+    shared_torso: bool = False,
+    features_first: bool = False,
+    core: Any = None,
 ) -> Network:
     """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``.
 
@@ -55,18 +62,49 @@ def actor_critic(
         shared_torso: one torso for the policy and the value, instead of one each.
         features_first: compute large batches in the layout that is fastest on a CPU
             (:mod:`jrl.networks.mlp`); then it has no forward-mode derivative (``jax.jvp``).
+        core: a memory between one torso and both heads, such as :class:`jrl.networks.GRU`; the two options above
+            do not apply then.
     """
     torso, prepare, rank = _torso(env, config)
+    if core is not None:
+        return recurrent_network(torso(), core, ActorCritic(_identity, env.action, True), prepare)
     return _network(ActorCritic(torso, env.action, shared_torso), prepare, rank, features_first)
 
 
 def q_network(
-    env: Environment, config: TorsoConfig, *, dueling: bool = False, features_first: bool = False
+    env: Environment,
+    config: TorsoConfig,
+    *,
+    dueling: bool = False,
+    num_atoms: int | None = None,
+    features_first: bool = False,
+    core: Any = None,
 ) -> Network:
-    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`."""
+    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`.
+
+    With ``num_atoms`` it returns ``[..., A, num_atoms]``.
+    """
     assert isinstance(env.action, Discrete)
     torso, prepare, rank = _torso(env, config)
-    return _network(QNetwork(torso, env.action.n, dueling), prepare, rank, features_first)
+    if core is not None:
+        return recurrent_network(
+            torso(), core, QNetwork(_identity, env.action.n, dueling, num_atoms), prepare
+        )
+    return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
+
+
+def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
+    """Return an implicit quantile network of ``env``: :class:`~jrl.types.QuantileQuery` ``↦ [..., A, K]``."""
+    assert isinstance(env.action, Discrete)
+    torso, prepare, _ = _torso(env, config)
+    module = ImplicitQNetwork(torso, env.action.n, dueling)
+    return Network(
+        init=lambda key, query, memory: module.init(key, prepare(query.obs), query.fraction),
+        apply=lambda params, query, memory: (
+            module.apply(params, prepare(query.obs), query.fraction),
+            memory,
+        ),
+    )
 
 
 def check_torso(config: TorsoConfig) -> None:

@@ -65,7 +65,7 @@ class Dense(nn.Module):
                 ``[..., F]`` holds them pixel by pixel.
         """
         size = x.shape[0 if features_first else -1]
-        kernel = self.param("kernel", _orthogonal(self.gain), (size, self.features))
+        kernel = self.param("kernel", orthogonal(self.gain), (size, self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         if not features_first:
             return x @ kernel + bias
@@ -73,7 +73,7 @@ class Dense(nn.Module):
         return affine(kernel, bias, x)
 
 
-def _orthogonal(gain: float) -> Callable[..., jax.Array]:
+def orthogonal(gain: float) -> Callable[..., jax.Array]:
     """Return the orthogonal initialiser, of which a batch is computed one by one on a CPU.
 
     XLA's QR factorisation of a batch divides itself among the threads of the pool that it runs in, and where they

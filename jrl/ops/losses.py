@@ -42,6 +42,59 @@ def ppo_clip_loss(log_prob: Array, old_log_prob: Array, advantage: Array, clip_e
     return -jnp.mean(jnp.minimum(ratio * advantage, clipped * advantage))
 
 
+def ppo_kl_loss(
+    log_prob: Array, old_log_prob: Array, advantage: Array, kl: Array, kl_coef: Array | float
+) -> Array:
+    """PPO's surrogate with a KL penalty in place of the clipping, as a loss.
+
+    ``−mean ρ A + β KL(old ‖ new)`` with ``ρ = exp(log_prob − old_log_prob)``.
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 8,
+    https://arxiv.org/abs/1707.06347.
+
+    Args:
+        log_prob: floating ``[...]``, of the action taken under the policy being learned.
+        old_log_prob: floating ``[...]``, under the policy that acted.
+        advantage: floating ``[...]``, usually standardised.
+        kl: the divergence in nats, averaged over states, a scalar.
+        kl_coef: the penalty's weight β.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        AssertionError: shapes differ, ``kl`` is no scalar, or an array is not floating.
+    """
+    checks.floating(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage, kl=kl)
+    checks.same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
+    checks.shape(kl=(kl, ()))
+    return -jnp.mean(jnp.exp(log_prob - old_log_prob) * advantage) + kl_coef * kl
+
+
+def adapted_kl_coef(kl_coef: Array | float, kl: Array, target_kl: Array | float) -> Array:
+    """The weight of PPO's KL penalty for the next update.
+
+    ``β / 2`` where ``KL < target / 1.5``, ``2 β`` where ``KL > 1.5 target``, else ``β``; kept within
+    ``[10⁻⁶, 10⁶]``, as halving for ever would end at a 0 that cannot be doubled.
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", section 4,
+    https://arxiv.org/abs/1707.06347.
+
+    Args:
+        kl_coef: β, ``[]``.
+        kl: the divergence in nats that the last update ended with, ``[]``.
+        target_kl: what it should be, above 0.
+
+    Returns:
+        The new β, ``[]``.
+
+    Raises:
+        Nothing.
+    """
+    factor = jnp.where(kl > 1.5 * target_kl, 2.0, jnp.where(kl < target_kl / 1.5, 0.5, 1.0))
+    return jnp.clip(kl_coef * factor, 1e-6, 1e6)
+
+
 def clip_fraction(log_prob: Array, old_log_prob: Array, clip_eps: Array | float) -> Array:
     """Fraction of samples whose ratio has left the clip range.
 

@@ -340,6 +340,53 @@ def watkins_q_lambda(
     return lambda_returns(reward, next_q.max(-1), terminated, truncated, gamma=gamma, lambda_=trace)
 
 
+def rescale_value(x: Array, eps: Array | float = 1e-3) -> Array:
+    """Squash returns of any size, so that one step size fits small and large ones.
+
+    ``h(x) = sign(x) (sqrt(|x| + 1) − 1) + ε x``.
+
+    Source: Pohlen et al. 2018, "Observe and Look Further", https://arxiv.org/abs/1805.11593; in R2D2: Kapturowski
+    et al. 2019, https://openreview.net/forum?id=r1lyTjAqYX.
+
+    Args:
+        x: floating ``[...]``.
+        eps: ε, at least 0; above 0 it keeps the inverse Lipschitz.
+
+    Returns:
+        ``[...]``.
+
+    Raises:
+        AssertionError: ``x`` is not floating.
+    """
+    checks.floating(x=x)
+    # sqrt(|x| + 1) − 1 without the difference, which would lose small x to rounding.
+    return x / (jnp.sqrt(jnp.abs(x) + 1.0) + 1.0) + eps * x
+
+
+def unscale_value(x: Array, eps: Array | float = 1e-3) -> Array:
+    """Inverse of :func:`rescale_value`.
+
+    ``h⁻¹(x) = sign(x) (((sqrt(1 + 4 ε (|x| + 1 + ε)) − 1) / (2 ε))² − 1)``.
+
+    Source: Pohlen et al. 2018, proposition A.2, https://arxiv.org/abs/1805.11593.
+
+    Args:
+        x: floating ``[...]``.
+        eps: ε, at least 0.
+
+    Returns:
+        ``[...]``.
+
+    Raises:
+        AssertionError: ``x`` is not floating.
+    """
+    checks.floating(x=x)
+    shifted = jnp.abs(x) + 1.0 + eps
+    # (sqrt(1 + 4 ε c) − 1) / (2 ε) with the root in the denominator: exact for small ε, and for none.
+    root = 2.0 * shifted / (1.0 + jnp.sqrt(1.0 + 4.0 * eps * shifted))
+    return jnp.sign(x) * (root - 1.0) * (root + 1.0)
+
+
 def _check(reward: Array, terminated: Array, truncated: Array, **others: Array) -> None:
     checks.floating(reward=reward, **others)
     checks.flags(terminated=terminated, truncated=truncated)

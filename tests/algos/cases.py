@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import dqn, linear, monte_carlo, ppo, tabular
+from jrl import dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, tabular
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -92,9 +92,9 @@ def _ppo(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
     return Case(f"ppo-{name}", ppo, env, ppo.Config(**sizes | choices))
 
 
-def _dqn(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
+def _dqn(name: str, env: str = "CartPole-v1", module: Any = dqn, **choices: Any) -> Case:
     sizes = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
-    return Case(f"dqn-{name}", dqn, env, dqn.Config(**sizes | choices))
+    return Case(f"dqn-{name}", module, env, module.Config(**sizes | choices))
 
 
 def _tabular(name: str, env: str = "grid", **choices: Any) -> Case:
@@ -114,6 +114,20 @@ def _linear(name: str, env: str = "MountainCar-v0", **choices: Any) -> Case:
     return Case(f"linear-{name}", linear, env, config, (("initial_scale", 1.0), ("epsilon_start", 0.1)))
 
 
+PQN = {"num_envs": 4, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
+R2D2 = {
+    "num_envs": 4,
+    "unroll_length": 3,
+    "num_updates": 2,
+    "batch_size": 4,
+    "burn_in": 2,
+    "learn_length": 5,
+    "capacity": 80,
+    "warmup_env_steps": 36,
+    "hidden_sizes": (8,),
+    "memory_size": 8,
+}
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -121,14 +135,20 @@ CASES = [
     _ppo("cnn", "pixels", channels=(2,), num_epochs=1),
     _ppo("masked", "masked", normalize_observations=True, layer_norm=True),
     _ppo("target-kl", stop_at_target_kl=True, clip_value=False, standardize_advantages=False),
+    _ppo("gru", memory="gru", memory_size=8, objective="adaptive_kl"),
+    _ppo("transformer", "masked", memory="transformer", memory_size=8, memory_window=4, objective="kl"),
     _dqn("double"),
     _dqn("plain", double=False, huber=True, dueling=True, layer_norm=False),
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
     _dqn("n-step", n_step=3, unroll_length=4),
     _dqn("prioritized", prioritized=True, num_updates=2),
-    _dqn("rainbow-like", prioritized=True, n_step=3, dueling=True),
+    _dqn("rainbow", module=rainbow, num_atoms=5),
+    _dqn("quantile", "masked", distribution="quantile", num_atoms=5, munchausen=True),
+    _dqn("implicit", distribution="implicit", num_atoms=4, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
     _dqn("masked", "masked"),
+    Case("pqn", pqn, "masked", pqn.Config(**PQN)),
+    Case("r2d2", r2d2, "masked", r2d2.Config(**R2D2)),
     _tabular("q-learning"),
     _tabular("sarsa", "grid-raw", target="sarsa", exploration="boltzmann", step_size="visits"),
     _tabular("expected-sarsa", "grid-raw", target="expected_sarsa", exploration="ucb"),

@@ -94,6 +94,12 @@ def test_sizes_that_do_not_fit_each_other():
         ValueError, match=r"num_minibatches=7 does not divide .* 16 × 128 = 2048; use for instance 2, 4, 8"
     ):
         ppo.Config(num_minibatches=7)
+    with pytest.raises(
+        ValueError, match=r"num_minibatches=3 .* num_envs=4 environments: with a memory .* instance 1, 2, 4"
+    ):
+        ppo.make(ENV, ppo.Config(num_envs=4, unroll_length=6, num_minibatches=3, memory="gru"))
+    with pytest.raises(ValueError, match=r"memory='lstm': must be one of none, gru, transformer"):
+        ppo.Config(memory="lstm")
     with pytest.raises(ValueError, match="num_minibatches=4 leaves one transition a minibatch"):
         ppo.Config(num_envs=4, unroll_length=1, num_minibatches=4)
     with pytest.raises(ValueError, match=r"capacity=100 is smaller than batch_size=128: .* raise capacity"):

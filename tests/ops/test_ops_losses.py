@@ -57,6 +57,15 @@ def test_ppo_gradient_is_that_of_the_policy_gradient_at_ratio_one_and_zero_beyon
     close(grad(beyond, old, advantage, 0.2), jnp.zeros(6))
 
 
+def test_the_kl_penalty_and_its_coefficient():
+    new, old, advantage = draw(4, (6,), 3)
+    expected = -np.mean(np.exp(np.float64(new) - np.float64(old)) * np.float64(advantage)) + 0.7 * 0.3
+    close(ops.ppo_kl_loss(new, old, advantage, jnp.float32(0.3), 0.7), expected)
+    for kl, coefficient in ((0.031, 6.0), (0.029, 3.0), (0.014, 3.0), (0.013, 1.5), (0.0, 1.5)):
+        close(ops.adapted_kl_coef(3.0, jnp.float32(kl), 0.02), coefficient)
+    close(ops.adapted_kl_coef(1e-6, jnp.float32(0.0), 0.02), 1e-6)
+
+
 def test_approx_kl_keeps_its_precision_near_zero_and_is_never_negative():
     small = jnp.full(4, 1e-4)
     np.testing.assert_allclose(ops.approx_kl(small, jnp.zeros(4)), 5e-9, rtol=0.05)

@@ -1,0 +1,72 @@
+"""What the actor-critics share before and after learning: a network made fit for an environment, and its policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import networks, ops
+from jrl.algos import checks
+from jrl.envs import clip_action, vectorize
+from jrl.types import Array, Box, Environment, Key, Memory, Network, Policy, PyTree
+
+
+class Actor(NamedTuple):
+    """An environment and the network that is to act in it.
+
+    Attributes:
+        envs: the environment, vectorised; a Box action is clipped on its way in, so that the loss keeps the
+            action that was drawn.
+        network: ``obs ↦ (policy head, value)``, a mask applied to the head.
+        distribution: policy head to a distribution over actions.
+    """
+
+    envs: Environment
+    network: Network
+    distribution: Callable[[Any], Any]
+
+
+def actor(env: Environment, num_envs: int, network: Any, default: Callable[[], Network]) -> Actor:
+    """Return ``env`` and a network for it, checked against each other; ``default()`` where ``network`` is None.
+
+    Raises:
+        TypeError: ``env`` or ``network`` is not what it should be.
+        ValueError: ``env`` is vectorised already, or ``network``'s output does not fit its actions.
+    """
+    checks.environment(env)
+    distribution = networks.distribution(env.action)
+    envs = vectorize(env, num_envs)
+    if isinstance(env.action, Box):
+        envs = clip_action(envs)
+    network = default() if network is None else networks.as_network(network)
+    networks.check_policy_output(network, env.observation, env.action)
+    network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
+    return Actor(envs, network, distribution)
+
+
+def policies(actor: Actor) -> Callable[..., Policy]:
+    """Return ``(params, *, greedy) -> Policy``: the mode of the distribution, or samples from it.
+
+    Its extras are ``{"value": [...]}``.
+    """
+
+    def play(
+        greedy: bool, params: PyTree, key: Key, obs: PyTree, memory: Memory
+    ) -> tuple[Array, Memory, PyTree]:
+        (head, value), memory = actor.network.apply(params, obs, memory)
+        distribution = actor.distribution(head)
+        action = distribution.mode() if greedy else distribution.sample(key)
+        if isinstance(actor.envs.action, Box):
+            action = jnp.clip(action, actor.envs.action.low, actor.envs.action.high)
+        return action, memory, {"value": value}
+
+    # One function each for ever: a policy's function is static, and a new one would recompile.
+    play_greedily, play_sampled = (jax.tree_util.Partial(play, greedy) for greedy in (True, False))
+
+    def policy(params: PyTree, *, greedy: bool) -> Policy:
+        return Policy(play_greedily if greedy else play_sampled, params, actor.network.init_memory)
+
+    return policy
