@@ -2,6 +2,7 @@
 
 from jrl.networks.adapters import (
     as_network,
+    check_output,
     check_policy_output,
     check_q_output,
     from_nnx,
@@ -9,8 +10,8 @@ from jrl.networks.adapters import (
     observation_flattener,
 )
 from jrl.networks.cnn import CNN, PatchConv
-from jrl.networks.defaults import TorsoConfig, actor_critic, q_network
-from jrl.networks.heads import ActorCritic, PolicyHead, QNetwork, distribution
+from jrl.networks.defaults import TorsoConfig, actor, actor_critic, critics, q_network
+from jrl.networks.heads import Actor, ActorCritic, Ensemble, PolicyHead, QNetwork, distribution
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import (
     GRU,
@@ -26,17 +27,22 @@ __all__ = [
     "CNN",
     "GRU",
     "MLP",
+    "Actor",
     "ActorCritic",
+    "Ensemble",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
     "TorsoConfig",
     "WindowTransformer",
+    "actor",
     "actor_critic",
     "apply_sequence",
     "as_network",
+    "check_output",
     "check_policy_output",
     "check_q_output",
+    "critics",
     "distribution",
     "from_nnx",
     "mask_aware",
