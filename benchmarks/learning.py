@@ -52,6 +52,27 @@ class Row:
 ROWS = {
     "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
     "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
+    "pqn-cartpole": Row("pqn", "CartPole-v1", 500_000, 495.0),
+    "dqn-acrobot": Row("dqn", "Acrobot-v1", 500_000, -82.0),
+    "dqn-catch": Row(
+        "dqn",
+        "Catch-bsuite",
+        100_000,
+        1.0,
+        {"warmup_env_steps": 2_000},
+        {"anneal_env_steps": 1e5, "epsilon_env_steps": 3e4},
+    ),
+    "dqn-deepsea": Row(
+        "dqn",
+        "DeepSea-bsuite",
+        100_000,
+        0.99,
+        {"warmup_env_steps": 2_000},
+        {"anneal_env_steps": 1e5, "epsilon_env_steps": 3e4},
+    ),
+    "r2d2-memorychain": Row(
+        "r2d2", "MemoryChain-bsuite", 100_000, 1.0, {}, {"anneal_env_steps": 1e5, "epsilon_env_steps": 3e4}
+    ),
     "ppo-pendulum": Row(
         "ppo",
         "Pendulum-v1",

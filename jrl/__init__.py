@@ -31,6 +31,9 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "reinforce": ("jrl.algos.reinforce", None),
     "sac": ("jrl.algos.sac", None),
     "td3": ("jrl.algos.td3", None),
+    "rainbow": ("jrl.algos.rainbow", None),
+    "pqn": ("jrl.algos.pqn", None),
+    "r2d2": ("jrl.algos.r2d2", None),
     "tabular": ("jrl.algos.tabular", None),
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
@@ -92,7 +95,20 @@ if TYPE_CHECKING:
         testing,
         types,
     )
-    from jrl.algos import a2c, dqn, linear, monte_carlo, ppo, reinforce, sac, tabular, td3
+    from jrl.algos import (
+        a2c,
+        dqn,
+        linear,
+        monte_carlo,
+        ppo,
+        pqn,
+        r2d2,
+        rainbow,
+        reinforce,
+        sac,
+        tabular,
+        td3,
+    )
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

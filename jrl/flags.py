@@ -100,9 +100,12 @@ def flags(cls: type, skip: Sequence[str] = ()) -> type:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the string literal that follows each field in the source of ``cls``."""
+    """Return the string literal that follows each field in the source of ``cls``, or of what it inherits from."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= field_docs(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    docs = {}
     for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
             target, text = field.target, after.value

@@ -166,6 +166,13 @@ class MaskedObservation(NamedTuple):
     action_mask: Array
 
 
+class QuantileQuery(NamedTuple):
+    """What an implicit quantile network is called on: observations, and fractions τ in [0, 1], float32 ``[..., K]``."""
+
+    obs: PyTree
+    fraction: Array
+
+
 class Transition(NamedTuple):
     """Experience as :func:`jrl.rollout.unroll` records it, time-major ``[T, B, ...]``.
 

@@ -85,6 +85,16 @@ def actions(env: Environment, algorithm: str, *kinds: type) -> None:
         )
 
 
+def discrete(env: Environment, algorithm: str) -> Discrete:
+    """Return the actions of ``env``; raises TypeError unless they are Discrete."""
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"{algorithm} on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
+            "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    return env.action
+
+
 def shard(config: Any, shards: Shards) -> int:
     """Return the environments of each shard.
 
@@ -115,7 +125,8 @@ def minibatches(config: Any) -> None:
             f"{config.num_envs} × {config.unroll_length} = {batch}; use for instance "
             f"{_nearest_divisors(batch, config.num_minibatches)}."
         )
-    if config.standardize_advantages and batch == config.num_minibatches:
+    # PQN has no advantages.
+    if getattr(config, "standardize_advantages", False) and batch == config.num_minibatches:
         raise ValueError(
             f"num_minibatches={config.num_minibatches} leaves one transition a minibatch, whose standardised "
             "advantage is always 0; use fewer, or standardize_advantages=False."

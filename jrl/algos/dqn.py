@@ -3,14 +3,20 @@
 Each is a static choice: Double (van Hasselt et al., 2016, arXiv:1509.06461), Dueling (Wang et al., 2016,
 arXiv:1511.06581), n-step targets (Sutton, 1988), prioritised replay (Schaul et al., 2016, arXiv:1511.05952),
 Huber loss, a target network copied now and then or tracked by Polyak averaging (Lillicrap et al., 2016,
-arXiv:1509.02971). Deviations: a time limit is never a terminal state; n-step windows end at either flag and
-bootstrap with γ^k; the warm-up fill happens in ``init``, so that no step has a data-dependent branch.
+arXiv:1509.02971); a distribution over returns in place of their mean: by atoms (C51: Bellemare et al., 2017,
+arXiv:1707.06887), quantiles (QR-DQN: Dabney et al., 2018, arXiv:1710.10044) or a quantile function (IQN: Dabney et
+al., 2018, arXiv:1806.06923); noisy layers (Fortunato et al., 2018, arXiv:1706.10295); Munchausen targets (Vieillard et
+al., 2020, arXiv:2007.14430). :mod:`jrl.algos.rainbow` puts six of them together.
+
+Deviations: a time limit is never a terminal state; n-step windows end at either flag and bootstrap with γ^k; the
+warm-up fill happens in ``init``, so that no step has a data-dependent branch; all environments of a step, and all
+transitions of a batch, share one draw of a noisy network's noise; an implicit quantile network acts on fixed quantiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +24,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jrl import networks, ops, replay, rollout
-from jrl.algos import checks, off_policy
+from jrl import ops, replay, rollout
+from jrl.algos import checks, off_policy, q_functions
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
 from jrl.types import (
     Algorithm,
     Array,
-    Discrete,
     Environment,
     Key,
     MaskedObservation,
@@ -69,6 +74,17 @@ class Config:
     huber: bool = False
     """Huber loss instead of the squared error. Not the default: on returns far above huber_delta it fits the
     median of the target, which overlooks rare episode ends, and values grow without bound (seen on CartPole)."""
+    distribution: str = "none"
+    """What is learned of the return: 'none', its mean; 'categorical' (C51), the probabilities of num_atoms returns
+    from value_min to value_max; 'quantile' (QR-DQN), num_atoms quantiles; 'implicit' (IQN), a function of the quantile
+    fraction, trained at num_atoms random ones a gradient step (8 suffice). Quantiles are fitted with huber_delta."""
+    num_atoms: int = 51
+    """Atoms, or quantiles, of a distribution."""
+    noisy: bool = False
+    """Explore by noise on the weights, whose scale is learned. ε-greedy goes on beside it: set its ε to 0."""
+    munchausen: bool = False
+    """Add the scaled log-probability of the action taken to the reward and value the successor softly, both under the
+    target network's Boltzmann policy (double is then of no effect). One-step targets only."""
     polyak: bool = False
     """Let the target track by tau at each update, instead of copying every target_period steps."""
     torso: str = "auto"
@@ -90,6 +106,12 @@ class Config:
             raise ValueError(
                 f"n_step={self.n_step} windows of num_envs={self.num_envs} environments do not fit "
                 f"capacity={self.capacity}; raise capacity to at least {self.n_step * self.num_envs}."
+            )
+        q_functions.check_distribution(self)
+        if self.munchausen and self.n_step > 1:
+            raise ValueError(
+                f"munchausen=True with n_step={self.n_step}: the bonus belongs to every step of a window, and only the "
+                "first one's is known; use n_step=1."
             )
         check_torso(self)
 
@@ -118,7 +140,20 @@ class HParams:
     tau: float = 0.005
     """Share of the online network that the target takes over at each update (with polyak)."""
     huber_delta: float = 1.0
-    """Error at which the Huber loss turns linear."""
+    """Error at which the Huber loss turns linear (with huber, and for quantiles)."""
+    value_min: float = -100.0
+    """Return of the lowest atom ('categorical'; read by init). -100 to 100 holds whatever rewards in [-1, 1] sum to at
+    γ 0.99; a narrower range resolves more."""
+    value_max: float = 100.0
+    """Return of the highest atom."""
+    noise_scale: float = 0.5
+    """σ₀ of noisy layers: the noise on a weight starts at σ₀ / sqrt(inputs) (read by init)."""
+    munchausen_coef: float = 0.9
+    """α, the share of the log-probability that is added to the reward (with munchausen)."""
+    munchausen_temperature: float = 0.03
+    """τ of the Boltzmann policy, in the unit of the return (with munchausen)."""
+    munchausen_min: float = -1.0
+    """l₀, where the scaled log-probability is cut off (with munchausen)."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this global norm."""
     priority_exponent: float = 0.6
@@ -142,6 +177,7 @@ class State:
     opt_state: PyTree
     rollout: rollout.RolloutState
     replay: PyTree
+    support: Array  # returns of a categorical distribution's atoms, float32 [num_atoms]; else [0]
     since_target: Array
     env_steps: Array
     key: Key
@@ -159,7 +195,8 @@ def make(
     Args:
         env: a single environment, from :func:`jrl.make` or your own, with Discrete actions.
         config: static choices.
-        network: any ``init``/``apply`` pair, ``obs -> Q [..., A]``. None builds one from ``config``.
+        network: any ``init``/``apply`` pair, ``obs -> Q [..., A]``, or ``[..., A, num_atoms]`` where a distribution is
+            learned; an implicit one is called on a :class:`~jrl.types.QuantileQuery`. None builds one from ``config``.
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
 
     Raises:
@@ -169,52 +206,42 @@ def make(
     """
     config = checks.config(config, Config)
     checks.environment(env)
-    if not isinstance(env.action, Discrete):
-        raise TypeError(
-            f"dqn on {env.name} with actions {env.action!r}: Q-learning maximises over Discrete actions; use "
-            "jrl.ppo, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
-        )
+    checks.discrete(env, "dqn")
     envs = vectorize(env, config.num_envs)
-    network = (
-        networks.q_network(env, config, dueling=config.dueling, features_first=True)
-        if network is None
-        else networks.as_network(network)
-    )
-    checks.feed_forward(network, "dqn")
-    networks.check_q_output(network, env.observation, env.action)
-    network = networks.mask_aware(network, ops.masked)
-
+    q_function = q_functions.make(env, config, network, "dqn")
+    draws = config.noisy or config.distribution == "implicit"  # then running the network takes a key
     block_steps = config.num_envs * config.unroll_length
     buffer = replay.prioritized if config.prioritized else replay.uniform
 
-    def action_values(params: Params, obs: PyTree) -> Array:
-        return network.apply(params, obs, ())[0]
-
-    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        params, epsilon = acting
+    def act(
+        acting: PyTree, key: Key, obs: PyTree, memory: Memory, noise_key: Key | None = None
+    ) -> tuple[Array, Memory, PyTree]:
+        params, support, epsilon = acting
+        q = q_function.mean(q_function.evaluate(params, obs, noise_key), obs, support)
         mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
-        q = action_values(params, obs)
         return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
 
+    def act_noisily(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        noise_key, key = jax.random.split(key)
+        return act(acting, key, obs, memory, noise_key)
+
+    behave = act_noisily if config.noisy else act
+
     def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        action, memory, _ = act(acting, key, obs, memory)
-        return action, memory, ()
+        action, memory, _ = behave(acting, key, obs, memory)
+        return action, memory, ()  # what it returns here would be kept in the replay
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         network_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
         env_params = env.params if hparams.env is None else hparams.env
         start = rollout.start(reset_key, envs, env_params, config.num_envs)
-        params = network.init(network_key, start.obs, ())
-        start, memory = off_policy.warm_up(
-            warmup_key,
-            envs,
-            env_params,
-            Policy(explore, (params, jnp.float32(1.0))),
-            start,
-            config,
-            buffer,
-        )
+        params = q_function.init(network_key, start.obs, hparams.noise_scale)
+        support = jnp.zeros((0,))
+        if config.distribution == "categorical":
+            support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
+        uniform = Policy(explore, (params, support, jnp.float32(1.0)))
+        start, memory = off_policy.warm_up(warmup_key, envs, env_params, uniform, start, config, buffer)
         return State(
             params=params,
             # A copy of its own: two leaves of one buffer could not both be donated.
@@ -222,34 +249,51 @@ def make(
             opt_state=optimizer(hparams, jnp.float32(0)).init(params),
             rollout=start,
             replay=memory,
+            support=support,
             since_target=jnp.float32(0),
             env_steps=ops.counter.add(ops.counter.zero(), off_policy.warmup_env_steps(config)),
             key=state_key,
         )
 
-    def targets(state: State, sample: replay.Sample, hparams: HParams) -> Array:
-        """``Σ_{j<k} γ^j r_j + γ^k (1 − terminated) max_a Q⁻(s_k, a)``, ``[N]``."""
+    def targets(state: State, sample: replay.Sample, hparams: HParams, keys: Sequence[Key | None]) -> Array:
+        """``Σ_{j<k} γ^j r_j + γ^k (1 − terminated) max_a Q⁻(s_k, a)``, ``[N]``, or the distribution of such returns."""
         powers = hparams.gamma ** jnp.arange(config.n_step, dtype=jnp.float32)
         # Not a matrix product, which an accelerator may round to TF32.
         reward = (powers[:, None] * sample.rewards).sum(0)
         discount = hparams.gamma ** sample.length.astype(jnp.float32) * (1.0 - sample.terminated)
-        next_q = action_values(state.target_params, sample.next_obs)
+        head = q_function.head(state.support)
+        next_output = q_function.evaluate(state.target_params, sample.next_obs, keys[0])
+        next_q = q_function.mean(next_output, sample.next_obs, state.support)
+        if config.munchausen:
+            output = q_function.evaluate(state.target_params, sample.obs, keys[1])
+            reward += ops.munchausen_bonus(
+                q_function.mean(output, sample.obs, state.support),
+                sample.action,
+                hparams.munchausen_temperature,
+                hparams.munchausen_coef,
+                hparams.munchausen_min,
+            )
+            return head.soft_target(reward, discount, next_output, next_q, hparams.munchausen_temperature)
+        online_q = None
         if config.double:
-            return ops.double_q_target(reward, discount, action_values(state.params, sample.next_obs), next_q)
-        return ops.q_target(reward, discount, next_q)
+            output = q_function.evaluate(state.params, sample.next_obs, keys[1])
+            online_q = q_function.mean(output, sample.next_obs, state.support)
+        return head.target(reward, discount, next_output, next_q, online_q)
 
     def loss(
-        params: Params, sample: replay.Sample, target: Array, hparams: HParams
+        params: Params, sample: replay.Sample, target: Array, head: q_functions.QHead, key: Key | None
     ) -> tuple[Array, tuple[Array, Array]]:
-        q = action_values(params, sample.obs)
-        td_error = ops.td_error(q, sample.action, target)
-        per_sample = ops.huber(td_error, hparams.huber_delta) if config.huber else 0.5 * td_error**2
-        return (sample.weight * per_sample).mean(), (td_error, q)
+        output = q_function.evaluate(params, sample.obs, key)
+        per_sample, error = head.loss(output, sample.action, target)
+        return (sample.weight * per_sample).mean(), (error, head.mean(output))
 
     def update(
         state: State, key: Key, hparams: HParams, env_steps: Array, learning_rate: Array
     ) -> tuple[State, Metrics]:
         """Take one gradient step on one batch from the replay."""
+        loss_key, *target_keys = [None] * 3
+        if draws:
+            key, loss_key, *target_keys = jax.random.split(key, 4)
         if config.prioritized:
             beta = ops.linear_schedule(
                 env_steps,
@@ -265,9 +309,9 @@ def make(
             sample = replay.uniform.sample(
                 key, state.replay, config.batch_size, config.num_envs, config.n_step
             )
-        target = targets(state, sample, hparams)
+        head = q_function.head(state.support, hparams.huber_delta)
         (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, sample, target, hparams
+            state.params, sample, targets(state, sample, hparams, target_keys), head, loss_key
         )
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         state = dataclasses.replace(
@@ -307,7 +351,7 @@ def make(
             unroll_key,
             envs,
             env.params if hparams.env is None else hparams.env,
-            Policy(explore, (state.params, epsilon)),
+            Policy(explore, (state.params, state.support, epsilon)),
             state.rollout,
             config.unroll_length,
         )
@@ -332,7 +376,8 @@ def make(
         return state, episode_metrics | metrics | {"epsilon": epsilon, "learning_rate": learning_rate}
 
     def policy(state: State, *, greedy: bool = True, epsilon: float = 0.05) -> Policy:
-        """Return the greedy policy of the online network, or, with greedy=False, an ε-greedy one."""
-        return Policy(act, (state.params, jnp.float32(0.0 if greedy else epsilon)))
+        """Return the greedy policy of the online network, or, with greedy=False, an ε-greedy one, noisy if that is."""
+        acting = (state.params, state.support, jnp.float32(0.0 if greedy else epsilon))
+        return Policy(act if greedy else behave, acting)
 
     return Algorithm(init, step, policy, block_steps, env)

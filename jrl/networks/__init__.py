@@ -1,5 +1,6 @@
 """Networks: default ones for control, and adapters that make any ``init``/``apply`` pair one."""
 
+from jrl.networks import noisy
 from jrl.networks.adapters import (
     as_network,
     check_output,
@@ -10,8 +11,23 @@ from jrl.networks.adapters import (
     observation_flattener,
 )
 from jrl.networks.cnn import CNN, PatchConv
-from jrl.networks.defaults import TorsoConfig, actor, actor_critic, critics, q_network
-from jrl.networks.heads import Actor, ActorCritic, Ensemble, PolicyHead, QNetwork, distribution
+from jrl.networks.defaults import (
+    TorsoConfig,
+    actor,
+    actor_critic,
+    critics,
+    implicit_q_network,
+    q_network,
+)
+from jrl.networks.heads import (
+    Actor,
+    ActorCritic,
+    Ensemble,
+    ImplicitQNetwork,
+    PolicyHead,
+    QNetwork,
+    distribution,
+)
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import (
     GRU,
@@ -30,6 +46,7 @@ __all__ = [
     "Actor",
     "ActorCritic",
     "Ensemble",
+    "ImplicitQNetwork",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
@@ -45,8 +62,10 @@ __all__ = [
     "critics",
     "distribution",
     "from_nnx",
+    "implicit_q_network",
     "mask_aware",
     "memory_core",
+    "noisy",
     "observation_flattener",
     "q_network",
     "recurrent_network",

@@ -168,18 +168,22 @@ def check_policy_output(network: Network, observation: PyTree, action: ActionSpa
         )
 
 
-def check_q_output(network: Network, observation: PyTree, action: Discrete) -> None:
-    """Raise unless ``network`` maps an observation to ``[A]`` action values.
+def check_q_output(
+    network: Network, observation: PyTree, action: Discrete, num_atoms: int | None = None
+) -> None:
+    """Raise unless ``network`` maps an observation to ``[A]`` action values, or ``[A, num_atoms]`` atoms of them.
 
     Raises:
         ValueError: a wrong width, with both named.
     """
     output = _output_shape(network, _plain(observation))
-    if getattr(output, "shape", None) != (action.n,):
+    shape = (action.n,) if num_atoms is None else (action.n, num_atoms)
+    if getattr(output, "shape", None) != shape:
+        what = "action values" if num_atoms is None else "atoms of action values"
         raise ValueError(
-            f"network returns {_describe(output)} for one observation, but {action!r} needs ({action.n},) action "
-            "values: change the width of its last layer (and keep every leading axis: a network is called on [...], "
-            "not only on [batch, ...])."
+            f"network returns {_describe(output)} for one observation, but {action!r} needs {shape} {what}: change "
+            "the width of its last layer (and keep every leading axis: a network is called on [...], not only on "
+            "[batch, ...])."
         )
 
 

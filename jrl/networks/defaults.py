@@ -13,7 +13,7 @@ from flax import linen as nn
 from jrl.networks import mlp
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
-from jrl.networks.heads import Actor, ActorCritic, Ensemble, QNetwork
+from jrl.networks.heads import Actor, ActorCritic, Ensemble, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import recurrent_network
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
@@ -76,17 +76,39 @@ def q_network(
     config: TorsoConfig,
     *,
     dueling: bool = False,
+    num_atoms: int | None = None,
     features_first: bool = False,
     core: Any = None,
 ) -> Network:
-    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`."""
+    """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`.
+
+    With ``num_atoms`` it returns ``[..., A, num_atoms]``.
+    """
     assert isinstance(env.action, Discrete)
     torso, prepare, rank = _torso(env, config)
     if core is not None:
         return recurrent_network(
-            torso(), core, QNetwork(_identity, env.action.n, dueling), prepare, features_first=features_first
+            torso(),
+            core,
+            QNetwork(_identity, env.action.n, dueling, num_atoms),
+            prepare,
+            features_first=features_first,
         )
-    return _network(QNetwork(torso, env.action.n, dueling), prepare, rank, features_first)
+    return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
+
+
+def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
+    """Return an implicit quantile network of ``env``: :class:`~jrl.types.QuantileQuery` ``↦ [..., A, K]``."""
+    assert isinstance(env.action, Discrete)
+    torso, prepare, _ = _torso(env, config)
+    module = ImplicitQNetwork(torso, env.action.n, dueling)
+    return Network(
+        init=lambda key, query, memory: module.init(key, prepare(query.obs), query.fraction),
+        apply=lambda params, query, memory: (
+            module.apply(params, prepare(query.obs), query.fraction),
+            memory,
+        ),
+    )
 
 
 def actor(

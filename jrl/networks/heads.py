@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jrl.networks.mlp import Dense, batch_first
@@ -63,21 +64,60 @@ class ActorCritic(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """``obs ↦ Q [..., A]``; dueling: ``Q = V + A − mean_a A`` (Wang et al., 2016, arXiv:1511.06581)."""
+    """``obs ↦ Q [..., A]``; dueling: ``Q = V + A − mean_a A`` (Wang et al., 2016, arXiv:1511.06581).
+
+    With ``num_atoms`` a vector for each action, ``[..., A, num_atoms]``: what a distribution is made of.
+    """
 
     torso: Callable[[], nn.Module]
     num_actions: int
     dueling: bool = False
+    num_atoms: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
         """Return the action values ``[..., A]``; features first or not, as ``x`` is."""
         features = self.torso()(x, features_first=features_first)
-        q = Dense(self.num_actions, 1.0)(features, features_first=features_first)
+
+        def linear(size: int) -> jax.Array:
+            return Dense(size, 1.0)(features, features_first=features_first)
+
+        if self.num_atoms is None:
+            q = linear(self.num_actions)
+            if self.dueling:
+                q = linear(1) + q - q.mean(0 if features_first else -1, keepdims=True)
+            return _batch_first(q, features_first)
+        q = _batch_first(linear(self.num_actions * self.num_atoms), features_first)
+        q = q.reshape(*q.shape[:-1], self.num_actions, self.num_atoms)
         if self.dueling:
-            value = Dense(1, 1.0)(features, features_first=features_first)
-            q = value + q - q.mean(0 if features_first else -1, keepdims=True)
-        return _batch_first(q, features_first)
+            value = _batch_first(linear(self.num_atoms), features_first)
+            q = value[..., None, :] + q - q.mean(-2, keepdims=True)
+        return q
+
+
+class ImplicitQNetwork(nn.Module):
+    """``obs, τ ↦ Z_τ [..., A, K]``: implicit quantile networks (Dabney et al., 2018, arXiv:1806.06923).
+
+    ``Z_τ = f(ψ(obs) ⊙ φ(τ))`` with ``φ(τ) = relu(W cos(π i τ) + b)``, ``i = 0 … num_cosines − 1``; ψ is the torso, and
+    f one hidden layer as wide as its features, then the heads of :class:`QNetwork`.
+    """
+
+    torso: Callable[[], nn.Module]
+    num_actions: int
+    dueling: bool = False
+    num_cosines: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array, fraction: jax.Array) -> jax.Array:
+        """Return the quantiles ``[..., A, K]`` of ``x`` at ``fraction [..., K]``."""
+        features = self.torso()(x)
+        cosines = jnp.cos(jnp.pi * fraction[..., None] * jnp.arange(self.num_cosines, dtype=jnp.float32))
+        embedded = nn.relu(Dense(features.shape[-1], np.sqrt(2.0))(cosines))
+        hidden = nn.relu(Dense(features.shape[-1], np.sqrt(2.0))(features[..., None, :] * embedded))
+        quantile = Dense(self.num_actions, 1.0)(hidden)
+        if self.dueling:
+            quantile = Dense(1, 1.0)(hidden) + quantile - quantile.mean(-1, keepdims=True)
+        return jnp.swapaxes(quantile, -1, -2)
 
 
 class Actor(nn.Module):

@@ -1,6 +1,6 @@
 """Replay buffers: pure functions over rings that XLA updates in place."""
 
-from jrl.replay import prioritized, sum_tree, uniform
+from jrl.replay import prioritized, sequence, sum_tree, uniform
 from jrl.replay.prioritized import PrioritizedState
 from jrl.replay.uniform import Sample, UniformState, num_rows
 
@@ -10,6 +10,7 @@ __all__ = [
     "UniformState",
     "num_rows",
     "prioritized",
+    "sequence",
     "sum_tree",
     "uniform",
 ]

@@ -63,10 +63,15 @@ def update_priorities(
         alpha: how much priorities matter; 0 is uniform.
         eps: keeps every item drawable, above 0.
     """
-    # Not a power, which XLA's CPU computes one element at a time.
-    size = jnp.maximum(jnp.abs(td_error) + eps, jnp.finfo(jnp.float32).tiny)
-    priority = jnp.exp(alpha * jnp.log(size))
+    priority = from_error(td_error, alpha, eps)
     return state._replace(
         tree=sum_tree.update(state.tree, index, priority),
         max_priority=jnp.maximum(state.max_priority, priority.max()),
     )
+
+
+def from_error(error: Array, alpha: Array | float, eps: float) -> Array:
+    """Return ``(|error| + ε)^α``."""
+    # Not a power, which XLA's CPU computes one element at a time.
+    size = jnp.maximum(jnp.abs(error) + eps, jnp.finfo(jnp.float32).tiny)
+    return jnp.exp(alpha * jnp.log(size))

@@ -179,9 +179,14 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
 
 def read(state: UniformState, index: Array) -> Transition:
     """Return the transitions at ``index`` (int32 ``[N]``, held), leaves ``[N, ...]``, see :class:`Sample`."""
+    return steps(state, index)[0]
+
+
+def steps(state: UniformState, index: Array) -> tuple[Transition, Array]:
+    """Return what :func:`read` does, and whether a truncated step's ``next_obs`` was lost, bool ``[N]``."""
     step, obs = _unpack(state.layout, _gather(state.storage, index, state.layout.words))
-    next_obs, _ = _successor(state, index, step.truncated & ~step.terminated)
-    return step._replace(obs=obs, next_obs=next_obs)
+    next_obs, lost = _successor(state, index, step.truncated & ~step.terminated)
+    return step._replace(obs=obs, next_obs=next_obs), lost
 
 
 def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Array) -> Sample:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import a2c, dqn, linear, monte_carlo, ppo, reinforce, sac, tabular, td3
+from jrl import a2c, dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, reinforce, sac, tabular, td3
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -92,9 +92,9 @@ def _ppo(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
     return Case(f"ppo-{name}", ppo, env, ppo.Config(**sizes | choices))
 
 
-def _dqn(name: str, env: str = "CartPole-v1", **choices: Any) -> Case:
+def _dqn(name: str, env: str = "CartPole-v1", module: Any = dqn, **choices: Any) -> Case:
     sizes = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
-    return Case(f"dqn-{name}", dqn, env, dqn.Config(**sizes | choices))
+    return Case(f"dqn-{name}", module, env, module.Config(**sizes | choices))
 
 
 def _on_policy(name: str, module: Any, env: str, **choices: Any) -> Case:
@@ -124,6 +124,20 @@ def _linear(name: str, env: str = "MountainCar-v0", **choices: Any) -> Case:
     return Case(f"linear-{name}", linear, env, config, (("initial_scale", 1.0), ("epsilon_start", 0.1)))
 
 
+PQN = {"num_envs": 4, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
+R2D2 = {
+    "num_envs": 4,
+    "unroll_length": 3,
+    "num_updates": 2,
+    "batch_size": 4,
+    "burn_in": 2,
+    "learn_length": 5,
+    "capacity": 80,
+    "warmup_env_steps": 36,
+    "hidden_sizes": (8,),
+    "memory_size": 8,
+}
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -138,7 +152,9 @@ CASES = [
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
     _dqn("n-step", n_step=3, unroll_length=4),
     _dqn("prioritized", prioritized=True, num_updates=2),
-    _dqn("rainbow-like", prioritized=True, n_step=3, dueling=True),
+    _dqn("rainbow", module=rainbow, num_atoms=5),
+    _dqn("quantile", "masked", distribution="quantile", num_atoms=5, munchausen=True),
+    _dqn("implicit", distribution="implicit", num_atoms=4, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
     _dqn("masked", "masked"),
     _on_policy("a2c", a2c, "masked", vtrace=True, num_updates=2),
@@ -146,6 +162,8 @@ CASES = [
     _replay("sac-continuous", sac, "Pendulum-v1"),
     _replay("sac-discrete", sac, "masked", learn_temperature=False, num_updates=1),
     _replay("td3", td3, "Pendulum-v1"),
+    Case("pqn", pqn, "masked", pqn.Config(**PQN)),
+    Case("r2d2", r2d2, "masked", r2d2.Config(**R2D2)),
     _tabular("q-learning"),
     _tabular("sarsa", "grid-raw", target="sarsa", exploration="boltzmann", step_size="visits"),
     _tabular("expected-sarsa", "grid-raw", target="expected_sarsa", exploration="ucb"),

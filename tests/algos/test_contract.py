@@ -108,6 +108,9 @@ def test_same_key_same_run_and_other_key_other_run(kernel):
     other_after, _ = kernel.step(other, kernel.hparams)
     for a, b in ((other.params, kernel.start.params), (other_after.params, kernel.first.params)):
         kernels = [(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.ndim > 1]
+        # What starts at one value, as the scale of noise on weights does, is the same for every key.
+        kernels = [(x, y) for x, y in kernels if jnp.ptp(x) > 0]
+        assert kernels
         assert all((x != y).any() for x, y in kernels)
     trajectories = [jax.tree.leaves(state.rollout.obs)[0] for state in (other_after, kernel.first)]
     assert (trajectories[0] != trajectories[1]).any()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import a2c, dqn, networks, ppo, reinforce, sac, td3
+from jrl import a2c, dqn, networks, ops, ppo, pqn, r2d2, rainbow, reinforce, sac, td3
 from jrl.envs import probes, transform_action
 
 GAMMA = 0.9
@@ -44,8 +44,8 @@ def ppo_on(probe):
     return trained(ppo, probe.env, config, 300, learning_rate=1e-2, entropy_coef=0.0)
 
 
-def train_dqn(env, **choices):
-    config = dqn.Config(
+def train_dqn(env, numbers=(), module=dqn, **choices):
+    config = module.Config(
         num_envs=16,
         unroll_length=4,
         num_updates=8,
@@ -55,8 +55,10 @@ def train_dqn(env, **choices):
         hidden_sizes=(16,),
         **choices,
     )
-    numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0}
-    return trained(dqn, env, config, 1000, learning_rate=1e-2, **numbers)
+    numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0} | dict(
+        numbers
+    )
+    return trained(module, env, config, 1000, learning_rate=1e-2, **numbers)
 
 
 @functools.cache
@@ -261,3 +263,126 @@ def test_every_refinement_of_dqn_keeps_the_value_of_the_truncation_probe(choices
     algo, state = train_dqn(probe.env, **choices)
     _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
     assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.01)
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "implicit"])
+def test_every_distribution_of_dqn_has_the_mean_of_the_truncation_probe(distribution):
+    """The categorical one as part of Rainbow, evaluated without its noise."""
+    probe = probes.TRUNCATION
+    if distribution == "categorical":
+        numbers = {"value_min": 0.0, "value_max": 20.0}
+        algo, state = train_dqn(probe.env, numbers, rainbow, num_atoms=21)
+    else:
+        algo, state = train_dqn(probe.env, distribution=distribution, num_atoms=8)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.02)
+
+
+def test_munchausen_values_are_those_of_its_own_fixed_point():
+    """Of quantiles. Both actions are worth the same: π = ½, so Q = r + α τ log ½ + γ (Q + τ log 2)."""
+    probe, alpha, temperature = probes.TRUNCATION, 0.5, 0.5
+    numbers = {"munchausen_coef": alpha, "munchausen_temperature": temperature, "munchausen_min": -10.0}
+    algo, state = train_dqn(probe.env, numbers, munchausen=True, distribution="quantile", num_atoms=8)
+    _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    expected = (1.0 + (GAMMA - alpha) * temperature * np.log(2.0)) / (1.0 - GAMMA)
+    assert_values(extras["q"].max(-1), np.array([expected]), 0.02)
+
+
+@pytest.mark.parametrize(
+    "probe", [probes.POLICY, probes.SUCCESSOR, probes.TRUNCATION, probes.BOTH_FLAGS], ids=lambda p: p.id
+)
+def test_pqn_learns_the_action_values(probe):
+    """Windows of 8 steps are full of episode ends, of one kind, the other, or both at once."""
+    config = pqn.Config(num_envs=16, unroll_length=8, num_minibatches=4, hidden_sizes=(16,))
+    numbers = {"epsilon_end": 0.5, "epsilon_env_steps": 1.0}
+    algo, state = trained(pqn, probe.env, config, 500, learning_rate=1e-2, **numbers)
+    action, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["q"], probe.q(GAMMA), 0.02)
+    if probe.optimal_actions is not None:
+        np.testing.assert_array_equal(action, probe.optimal_actions)
+
+
+def train_r2d2(env, memory="gru", n_step=3):
+    config = r2d2.Config(
+        num_envs=16,
+        unroll_length=4,
+        num_updates=4,
+        batch_size=16,
+        burn_in=2,
+        learn_length=6,
+        capacity=4096,
+        truncation_gap=1,
+        warmup_env_steps=512,
+        n_step=n_step,
+        memory=memory,
+        memory_size=8,
+        hidden_sizes=(16,),
+    )
+    numbers = {"target_period": 192.0, "epsilon_end": 0.5, "epsilon_env_steps": 1.0}
+    return trained(r2d2, env, config, 1000, learning_rate=1e-2, **numbers)
+
+
+@pytest.mark.parametrize("memory", ["gru", "none"])
+def test_only_with_a_memory_r2d2_answers_what_was_shown_before(memory):
+    """The return is -1 or 1, so that a greedy policy without memory gets 0 on average, whatever it does.
+
+    One-step targets: longer ones would hold the random actions that ε = ½ takes.
+    """
+    probe = probes.MEMORY
+    algo, state = train_r2d2(probe.env, memory, n_step=1)
+    policy = algo.policy(state)
+    stats = jrl.evaluate(jax.random.key(1), probe.env, policy, num_episodes=256)
+    if memory == "none":
+        assert abs(stats.episode_return.mean()) < 0.25
+        return
+    assert stats.episode_return.min() == 1.0
+    obs = jnp.asarray(probe.observations)
+    _, _, extras = policy(jax.random.key(0), obs, policy.init_memory((2,)))
+    assert_values(ops.unscale_value(extras["q"].max(-1)), probe.value(GAMMA), 0.05)
+
+
+@pytest.mark.parametrize("probe", [probes.SUCCESSOR, probes.BOTH_FLAGS], ids=lambda probe: probe.id)
+def test_r2d2_bootstraps_a_time_limit_from_what_its_episode_remembers(probe):
+    """An observation after the other, as an episode shows them.
+
+    Episodes of 8 steps: the step after a cut is never learned, and must look to the GRU like those before it.
+    """
+    algo, state = train_r2d2(probe.env if probe is probes.BOTH_FLAGS else probe.make({"max_steps": 8}))
+    policy = algo.policy(state)
+    memory, q = policy.init_memory((1,)), []
+    for obs in jnp.asarray(probe.observations):
+        _, memory, extras = policy(jax.random.key(0), obs[None], memory)
+        q.append(ops.unscale_value(extras["q"][0]))
+    assert_values(np.stack(q), probe.q(GAMMA), 0.05)
+
+
+@pytest.mark.slow
+def test_double_takes_the_overestimation_of_ten_equal_actions_away():
+    """Rewards from N(0, 1) for ever, whatever one does: every value is 0. At most 20 % of it may be left."""
+
+    def transition(key, state, action, params):
+        return state, jnp.ones(1), jax.random.normal(key), False, False
+
+    env = jrl.envs.from_functions(
+        lambda key, params: ((), jnp.ones(1)), transition, (), jrl.Discrete(10), "ten actions of mean zero"
+    )
+
+    def overestimation(double):
+        sizes = {"num_envs": 32, "unroll_length": 4, "num_updates": 4, "batch_size": 32, "capacity": 65_536}
+        config = dqn.Config(
+            **sizes, warmup_env_steps=2_048, hidden_sizes=(32,), layer_norm=False, double=double
+        )
+        algo = dqn.make(env, config)
+        hparams = dqn.HParams(
+            gamma=GAMMA, learning_rate=1e-2, anneal_env_steps=0.0, epsilon_end=1.0, target_period=6_400.0
+        )
+        state = jax.jit(algo.init)(jax.random.key(0), hparams)
+        values = []
+        for _ in range(10):
+            state, _ = jrl.train(algo, state, hparams, num_steps=150)
+            values.append(algo.policy(state)(jax.random.key(0), jnp.ones((1, 1)))[2]["q"].mean())
+        return np.mean(values[5:])
+
+    single = overestimation(double=False)
+    assert single > 0.4
+    assert abs(overestimation(double=True)) < 0.2 * single

@@ -1,0 +1,245 @@
+"""Action-value functions by a network: one value an action, or a distribution over returns an action.
+
+:func:`make` builds the network and says how it is run; what its output means is a :class:`QHead`, a record of four
+functions, so that :mod:`jrl.algos.dqn` reads the same for all of them. ``A`` actions, ``K`` atoms or quantiles, ``N``
+minibatch. Greedy targets value one action of the successor; soft ones, of Munchausen learning, all of them under the
+Boltzmann policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import networks, ops
+from jrl.algos import checks
+from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, Params, PyTree, QuantileQuery
+
+DISTRIBUTIONS = ("none", "categorical", "quantile", "implicit")
+
+
+class QHead(NamedTuple):
+    """The meaning of a network's output.
+
+    Attributes:
+        mean: ``output -> q [..., A]``.
+        target: ``(reward [N], discount [N], next_output, next_q [N, A], online_q [N, A]) -> target`` of the action
+            taken. ``next_q`` is the mean of ``next_output``, disallowed actions masked; ``online_q``, unless None, is
+            what chooses the next action in its place (Double).
+        soft_target: ``(reward, discount, next_output, next_q, temperature) -> target``.
+        loss: ``(output, action [N], target) -> (loss [N], error [N])``; priorities follow the error's size.
+    """
+
+    mean: Callable[[Any], Array]
+    target: Callable[..., Any]
+    soft_target: Callable[..., Any]
+    loss: Callable[..., tuple[Array, Array]]
+
+
+class QFunction(NamedTuple):
+    """A network as an action-value function.
+
+    Attributes:
+        init: ``(key, obs, noise_scale) -> params``.
+        evaluate: ``(params, obs, key=None) -> output``. The key draws the noise of noisy layers, and the fractions that
+            an implicit quantile network is asked for; without it there is no noise, and the fractions are fixed.
+        mean: ``(output, obs, support) -> q [..., A]``, disallowed actions masked.
+        head: ``(support, huber_delta=1.0) -> QHead``; the support ``[K]`` is read by a categorical one only.
+    """
+
+    init: Callable[..., Params]
+    evaluate: Callable[..., Any]
+    mean: Callable[..., Array]
+    head: Callable[..., QHead]
+
+
+def check_distribution(config: Any) -> None:
+    """Raise ValueError for a distribution that there is not; for ``Config.__post_init__``."""
+    checks.choice(config, "distribution", DISTRIBUTIONS)
+    checks.sizes(config, "num_atoms")
+    if config.distribution == "categorical" and config.num_atoms < 2:
+        raise ValueError(
+            f"num_atoms={config.num_atoms} with distribution='categorical': there must be at least 2."
+        )
+
+
+def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
+    """Return the action-value function of ``network``, or of the one that ``config`` describes where it is None.
+
+    Args:
+        env: with Discrete actions.
+        config: a ``dqn.Config``.
+        network: as ``dqn.make`` takes it.
+        name: of the algorithm, for messages.
+
+    Raises:
+        TypeError: ``network`` is none.
+        ValueError: its width is not what the actions need, or it has a memory.
+    """
+    assert isinstance(env.action, Discrete)
+    implicit = config.distribution == "implicit"
+    num_atoms = None if config.distribution == "none" else config.num_atoms
+    midpoints = ops.quantile_midpoints(config.num_atoms)
+    if network is not None:
+        network = networks.as_network(network)
+    elif implicit:
+        network = networks.implicit_q_network(env, config, dueling=config.dueling)
+    else:
+        network = networks.q_network(
+            env, config, dueling=config.dueling, num_atoms=num_atoms, features_first=True
+        )
+    checks.feed_forward(network, name)
+    spec = plain(env.observation)
+    networks.check_q_output(
+        network, QuantileQuery(spec, midpoints) if implicit else spec, env.action, num_atoms
+    )
+    rank = len(jax.tree.leaves(spec)[0].shape)
+
+    def query(key: Key | None, obs: PyTree) -> QuantileQuery:
+        leaf = jax.tree.leaves(obs)[0]
+        shape = (*leaf.shape[: leaf.ndim - rank], config.num_atoms)
+        drawn = jnp.broadcast_to(midpoints, shape) if key is None else jax.random.uniform(key, shape)
+        return QuantileQuery(obs, drawn)
+
+    def init(key: Key, obs: PyTree, noise_scale: Array | float) -> Params:
+        obs = plain(obs)
+        params = network.init(key, query(None, obs) if implicit else obs, ())
+        return networks.noisy.init(params, noise_scale) if config.noisy else params
+
+    def evaluate(params: Params, obs: PyTree, key: Key | None = None) -> Any:
+        noise_key, fraction_key = (None, None) if key is None else jax.random.split(key)
+        if config.noisy:
+            params = params.mean if noise_key is None else networks.noisy.draw(noise_key, params)
+        if implicit:
+            asked = query(fraction_key, plain(obs))
+            return Quantiles(network.apply(params, asked, ())[0], asked.fraction)
+        output = network.apply(params, plain(obs), ())[0]
+        if config.distribution != "quantile":
+            return output
+        return Quantiles(output, jnp.broadcast_to(midpoints, (*output.shape[:-2], config.num_atoms)))
+
+    def mean(output: Any, obs: PyTree, support: Array) -> Array:
+        q = head(support).mean(output)
+        return ops.masked(q, obs.action_mask) if isinstance(obs, MaskedObservation) else q
+
+    def head(support: Array, huber_delta: Array | float = 1.0) -> QHead:
+        match config.distribution:
+            case "none":
+                return expected(huber_delta if config.huber else None)
+            case "categorical":
+                return categorical(support)
+        return quantile(huber_delta)
+
+    return QFunction(init, evaluate, mean, head)
+
+
+def plain(obs: PyTree) -> PyTree:
+    """Return the observation (or its specification) within a MaskedObservation."""
+    return obs.obs if isinstance(obs, MaskedObservation) else obs
+
+
+class Quantiles(NamedTuple):
+    """Quantiles ``[..., A, K]`` at fractions τ ``[..., K]``."""
+
+    value: Array
+    fraction: Array
+
+
+def expected(huber_delta: Array | float | None) -> QHead:
+    """Return the head of plain DQN: the output is Q; the Huber loss, or for None half the squared error."""
+
+    def target(
+        reward: Array, discount: Array, _: Array, next_q: Array, online_q: Array | None = None
+    ) -> Array:
+        if online_q is None:
+            return ops.q_target(reward, discount, next_q)
+        return ops.double_q_target(reward, discount, online_q, next_q)
+
+    def soft_target(
+        reward: Array, discount: Array, _: Array, next_q: Array, temperature: Array | float
+    ) -> Array:
+        return jax.lax.stop_gradient(reward + discount * ops.soft_value(next_q, temperature))
+
+    def loss(q: Array, action: Array, target: Array) -> tuple[Array, Array]:
+        td_error = ops.td_error(q, action, target)
+        return 0.5 * td_error**2 if huber_delta is None else ops.huber(td_error, huber_delta), td_error
+
+    return QHead(lambda q: q, target, soft_target, loss)
+
+
+def categorical(support: Array) -> QHead:
+    """Return the head of C51: logits ``[..., A, K]`` of the atoms ``support [K]``; the error is a KL divergence."""
+
+    def project(reward: Array, discount: Array, shift: Array, probability: Array) -> Array:
+        """Return the projection of ``r + discount (z + shift)``, ``shift`` being ``[N]``, or ``[N, A]``."""
+        atoms = shift[..., None] + support.reshape((1,) * shift.ndim + support.shape)
+        reward, discount = (x.reshape(x.shape + (1,) * (atoms.ndim - 1)) for x in (reward, discount))
+        value = jnp.broadcast_to(reward + discount * atoms, probability.shape)
+        value, probability = (x.reshape(x.shape[0], -1) for x in (value, probability))
+        return jax.lax.stop_gradient(ops.categorical_projection(value, probability, support))
+
+    def target(
+        reward: Array, discount: Array, next_logits: Array, next_q: Array, online_q: Array | None = None
+    ) -> Array:
+        probability = jax.nn.softmax(_select(next_logits, _greedy(next_q, online_q)))
+        return project(reward, discount, jnp.zeros_like(reward), probability)
+
+    def soft_target(
+        reward: Array, discount: Array, next_logits: Array, next_q: Array, temperature: Array | float
+    ) -> Array:
+        log_policy = ops.scaled_log_policy(next_q, temperature)
+        policy = jnp.exp(log_policy / temperature)
+        return project(reward, discount, -log_policy, policy[..., None] * jax.nn.softmax(next_logits))
+
+    def loss(logits: Array, action: Array, target: Array) -> tuple[Array, Array]:
+        cross_entropy = ops.categorical_cross_entropy(_select(logits, action), target)
+        # The entropy of the target moves no parameter, but without it the error would never be small.
+        entropy = -jax.scipy.special.xlogy(target, target).sum(-1)
+        return cross_entropy, cross_entropy - entropy
+
+    return QHead(lambda logits: ops.categorical_mean(logits, support), target, soft_target, loss)
+
+
+def quantile(huber_delta: Array | float) -> QHead:
+    """Return the head of QR-DQN and IQN: :class:`Quantiles`; the error is that of their mean."""
+
+    def target(
+        reward: Array,
+        discount: Array,
+        next_quantiles: Quantiles,
+        next_q: Array,
+        online_q: Array | None = None,
+    ) -> Array:
+        next_value = _select(next_quantiles.value, _greedy(next_q, online_q))
+        return jax.lax.stop_gradient(reward[:, None] + discount[:, None] * next_value)
+
+    def soft_target(
+        reward: Array,
+        discount: Array,
+        next_quantiles: Quantiles,
+        next_q: Array,
+        temperature: Array | float,
+    ) -> Array:
+        log_policy = ops.scaled_log_policy(next_q, temperature)[..., None]
+        next_value = (jnp.exp(log_policy / temperature) * (next_quantiles.value - log_policy)).sum(-2)
+        return jax.lax.stop_gradient(reward[:, None] + discount[:, None] * next_value)
+
+    def loss(quantiles: Quantiles, action: Array, target: Array) -> tuple[Array, Array]:
+        taken = _select(quantiles.value, action)
+        per_sample = ops.quantile_huber_loss(taken, quantiles.fraction, target, huber_delta)
+        return per_sample, target.mean(-1) - taken.mean(-1)
+
+    return QHead(lambda quantiles: quantiles.value.mean(-1), target, soft_target, loss)
+
+
+def _greedy(next_q: Array, online_q: Array | None) -> Array:
+    return jnp.argmax(next_q if online_q is None else online_q, axis=-1)
+
+
+def _select(output: Array, action: Array) -> Array:
+    """Return what ``output [N, A, K]`` says of ``action [N]``, ``[N, K]``."""
+    by_action = jnp.swapaxes(output, -1, -2)
+    return ops.select_action(by_action, jnp.broadcast_to(action[..., None], by_action.shape[:-1]))

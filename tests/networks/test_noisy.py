@@ -1,0 +1,67 @@
+"""Noise on parameters: its law, its gradient, and which layers have it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import dqn, networks
+
+LAYER = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}
+
+
+def draws(params, count):
+    return jax.vmap(lambda key: networks.noisy.draw(key, params))(jax.random.split(jax.random.key(0), count))
+
+
+def test_noise_is_factorised_of_the_right_scale_and_centred_on_the_means():
+    params = networks.noisy.init({"a": LAYER, "b": LAYER}, 0.5)
+    sample = draws(params, 20_000)
+    noise = (sample["a"]["kernel"] - LAYER["kernel"]) / (0.5 / np.sqrt(3))
+    bias = (sample["a"]["bias"] - 1.0) / (0.5 / np.sqrt(3))
+    # f(x)² = |x|: one factor has second moment E|x| = sqrt(2/π), a product of two its square.
+    for moment, expected in ((bias**2, np.sqrt(2 / np.pi)), (noise**2, 2 / np.pi)):
+        np.testing.assert_allclose(moment.mean(0), np.full(moment.shape[1:], expected), atol=0.03)
+    np.testing.assert_allclose(noise.mean(0), np.zeros((3, 2)), atol=0.03)
+    # Factorised: every draw's matrix has rank 1, and its columns are those of the bias's factors.
+    np.testing.assert_allclose(noise[:, 0, 0] * noise[:, 1, 1], noise[:, 0, 1] * noise[:, 1, 0], atol=1e-3)
+    np.testing.assert_allclose(noise[:, 0, 0] * bias[:, 1], noise[:, 0, 1] * bias[:, 0], atol=1e-3)
+    other = (sample["b"]["kernel"] - LAYER["kernel"]) / (0.5 / np.sqrt(3))
+    assert abs(np.mean(noise[:, 0, 0] * other[:, 0, 0])) < 0.02  # layers are independent
+
+
+def test_gradients_of_scale_and_mean_are_those_of_the_reparametrisation():
+    params, key = networks.noisy.init({"a": LAYER}, 0.3), jax.random.key(1)
+    x = jnp.asarray([1.0, -2.0, 0.5])
+
+    def output(params):
+        layer = networks.noisy.draw(key, params)["a"]
+        return (x @ layer["kernel"] + layer["bias"]).sum()
+
+    grad = jax.grad(output)(params)
+    noise = networks.noisy.draw(key, params)["a"]["kernel"] - LAYER["kernel"]
+    np.testing.assert_allclose(grad.mean["a"]["kernel"], jnp.broadcast_to(x[:, None], (3, 2)))
+    np.testing.assert_allclose(grad.scale["a"]["kernel"], x[:, None] * noise / (0.3 / np.sqrt(3)), rtol=1e-4)
+
+
+def test_fully_connected_layers_are_noisy_and_nothing_else():
+    env = jrl.make("Breakout-MinAtar")
+    algo = dqn.make(env, dqn.Config(noisy=True, dueling=True, hidden_sizes=(8,), channels=(2,)))
+    params = jax.eval_shape(algo.init, jax.random.key(0), dqn.HParams()).params
+    layers = {"params/CNN_0/MLP_0/Dense_0", "params/Dense_0", "params/Dense_1"}
+    assert params.scale.keys() == layers  # no convolution, no layer norm
+
+
+def test_a_network_without_such_layers_is_refused():
+    def init(key, obs):
+        return {"w": jnp.zeros((4, 2))}
+
+    network = (init, lambda params, obs: obs @ params["w"])
+    algo = dqn.make(jrl.make("CartPole-v1"), dqn.Config(noisy=True), network=network)
+    with pytest.raises(
+        ValueError, match=r"noisy: no layer of the network has a kernel \[F, K\].*or noisy=False"
+    ):
+        jax.eval_shape(algo.init, jax.random.key(0), dqn.HParams())
