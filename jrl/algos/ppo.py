@@ -247,11 +247,18 @@ def make(
         )
 
     def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
+        def values(successors: tuple[PyTree, Memory]) -> Array:
+            next_obs, memory = successors
+            (_, value), _ = network.apply(
+                state.params, normalized(state.observation_statistics, next_obs), memory
+            )
+            return value
+
         obs = normalized(state.observation_statistics, transitions.obs)
-        next_obs = normalized(state.observation_statistics, transitions.next_obs)
         log_prob, next_memory, output = transitions.extras
         head, value = output if with_memory else network.apply(state.params, obs, ())[0]
-        (_, next_value), _ = network.apply(state.params, next_obs, next_memory)
+        successors = (transitions.next_obs, next_memory)
+        next_value = rollout.successor_values(values, value, transitions, successors)
         advantage, target = ops.gae(
             reward,
             value,
