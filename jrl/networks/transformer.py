@@ -313,14 +313,7 @@ def prefill(
 
 
 def decode(
-    params: Params,
-    config: Config,
-    token: Array,
-    position: Array,
-    cache: Cache,
-    *,
-    column: Array | None = None,
-    visible: Array | None = None,
+    params: Params, config: Config, token: Array, position: Array, cache: Cache
 ) -> tuple[Output, Cache]:
     """Read one more token of each text.
 
@@ -328,49 +321,31 @@ def decode(
         params: from :func:`init`.
         config: static.
         token: int ``[N]``.
-        position: int ``[N]``, its place in its text: 0 for the first, below the columns of the cache (a later one is
-            not kept).
+        position: int ``[N]``, its place in its text, 0 for the first, and its column in the cache. Later columns are
+            not looked at: a text that starts anew at 0 needs no empty cache. Beyond the last column it is not kept.
         cache: of the tokens before.
-        column: int ``[]``, where all texts keep their token; the default is each one's own position, which costs a
-            scatter. Keys know their positions, so any column will do as long as ``visible`` says which to look at.
-        visible: bool ``[N, C]``, the columns to look at, that of this token among them; the default is those up to the
-            position. Fewer than the cache has (static): only the first ``C`` are read.
 
     Returns:
         The output ``[N]`` after this token, and the cache with it.
     """
-    columns = cache.keys[0].shape[-1]
-    if visible is None:
-        visible = jnp.arange(columns) <= position[:, None]
+    rows, columns = jnp.arange(token.shape[0]), cache.keys[0].shape[-1]
+    visible = (jnp.arange(columns) <= position[:, None])[:, None, None]
     rotation = _rotation(config, position)
     x = _embed(params, config, token, position)
-    keys, values = [], []
+    keys, values = list(cache.keys), list(cache.values)
     for i in range(config.num_layers):
 
         def attend(q: Array, k: Array, v: Array, i: int = i) -> tuple[Array, Any]:
-            k_cache = _put(cache.keys[i], k, position, column)
-            v_cache = _put(cache.values[i], v, position, column)
-            return _attend_to_cache(config, q, k_cache, v_cache, visible), (k_cache, v_cache)
+            # Sums of products along the columns: on a CPU faster than many small matrix products.
+            keys[i] = keys[i].at[rows, :, :, position].set(k, mode="drop")
+            values[i] = values[i].at[rows, :, :, position].set(v, mode="drop")
+            scores = (q[..., None] * keys[i][:, :, None]).sum(3) * config.d**-0.5  # [N, K, G, C]
+            weights = jax.nn.softmax(_hide(scores, visible), axis=-1)
+            return (weights[:, :, :, None] * values[i][:, :, None]).sum(-1), ()
 
         layer = jax.tree.map(lambda leaf: leaf[i], params["layers"])  # noqa: B023
-        x, (k_cache, v_cache) = _block(layer, config, x, rotation, attend)
-        keys.append(k_cache)
-        values.append(v_cache)
+        x, _ = _block(layer, config, x, rotation, attend)
     return _read_out(params, config, x), Cache(tuple(keys), tuple(values))
-
-
-def _put(cache: Array, new: Array, position: Array, column: Array | None) -> Array:
-    if column is None:
-        return cache.at[jnp.arange(new.shape[0]), :, :, position].set(new, mode="drop")
-    return jax.lax.dynamic_update_slice_in_dim(cache, new[..., None], column, axis=3)
-
-
-def _attend_to_cache(config: Config, q: Array, keys: Array, values: Array, visible: Array) -> Array:
-    """Return ``[N, K, G, d]`` for queries ``[N, K, G, d]``; sums of products along the columns, no matrix product."""
-    keys, values = keys[..., : visible.shape[-1]], values[..., : visible.shape[-1]]
-    scores = (q[..., None] * keys[:, :, None]).sum(3) * config.d**-0.5  # [N, K, G, C]
-    weights = jax.nn.softmax(_hide(scores, visible[:, None, None]), axis=-1)
-    return (weights[:, :, :, None] * values[:, :, None]).sum(-1)
 
 
 # -------------------------------------------------------------------------------------------------- parts

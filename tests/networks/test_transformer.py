@@ -85,24 +85,13 @@ def test_cache_and_whole_texts_agree(case):
         assert_outputs(output, jax.tree.map(lambda x: x[rows, position], case.full))  # noqa: B023
 
 
-def test_a_column_for_all_texts_is_the_same(case):
-    config, cache = case.config, case.cache
-    prefix = np.arange(9) < LENGTHS[:, None]
-    rows = np.arange(3)
-
-    @jax.jit
-    def decode(params, token, position, column, visible, cache):
-        return transformer.decode(params, config, token, position, cache, column=column, visible=visible)
-
-    for step in range(2):
-        column = 5 + step
-        visible = prefix | ((np.arange(9) >= 5) & (np.arange(9) <= column))
-        position = LENGTHS + step
-        # Two columns fewer than the cache has: the last ones are not read.
-        output, cache = decode(
-            case.params, case.tokens[rows, position], position, column, visible[:, :7], cache
-        )
-        assert_outputs(output, jax.tree.map(lambda x: x[rows, position], case.full))  # noqa: B023
+def test_a_text_that_starts_anew_needs_no_empty_cache(case):
+    used = case.decode(case.params, case.tokens[:, 8], np.full(3, 8), case.cache)[1]
+    output, cache = case.decode(case.params, case.tokens[:, 0], np.zeros(3, int), used)
+    assert_outputs(output, jax.tree.map(lambda x: x[:, 0], case.full))
+    # Beyond the last column nothing is kept, and nothing else is harmed.
+    after = case.decode(case.params, case.tokens[:, 1], np.full(3, 9), cache)[1]
+    jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
 def test_padding_on_either_side_changes_nothing(case):
