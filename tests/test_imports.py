@@ -26,6 +26,7 @@ RINGS = {
     "jrl.normalize": 1,
     "jrl.optim": 1,
     "jrl.algos": 2,
+    "jrl.language": 2,
     "jrl.parallel": 2,
     "jrl.training": 2,
     "jrl.statistics": 2,
