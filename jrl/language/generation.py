@@ -85,7 +85,7 @@ class Generated(NamedTuple):
 
 class _Loop(NamedTuple):
     request: Array  # [N] what each slot works on; R where there is nothing left
-    count: Array  # [N] tokens it has drawn of it
+    drawn: Array  # [N] tokens it has drawn of it
     output: Any  # of the decoder, before the next token
     cache: Cache
     waiting: Array  # [] the next request without a slot
@@ -147,24 +147,24 @@ def generate(
     refilled = min(N, max(2, -(-2 * N // T)))
 
     def step(loop: _Loop) -> _Loop:
-        keys = jax.vmap(jax.random.fold_in)(draw_keys[loop.request], loop.count)
+        keys = jax.vmap(jax.random.fold_in)(draw_keys[loop.request], loop.drawn)
         token, log_prob = draw(keys, loop.output.logits, sampling, settings.greedy)
-        at = (loop.request, loop.count)
-        count = loop.count + 1
+        at = (loop.request, loop.drawn)
+        drawn = loop.drawn + 1
         finished = token == settings.end_token
         out = loop.out._replace(
             tokens=loop.out.tokens.at[at].set(token),
             log_prob=loop.out.log_prob.at[at].set(log_prob),
-            length=loop.out.length.at[loop.request].set(count),
+            length=loop.out.length.at[loop.request].set(drawn),
             finished=loop.out.finished.at[loop.request].set(finished),
         )
         if config.value_head:
             out = out._replace(value=loop.out.value.at[at].set(loop.output.value))
-        ended = finished | (count == T)
+        ended = finished | (drawn == T)
         request = jnp.where(ended, R, loop.request)
-        position = lengths[jnp.minimum(loop.request // S, G - 1)] + loop.count
+        position = lengths[jnp.minimum(loop.request // S, G - 1)] + loop.drawn
         output, cache = transformer.decode(params, config, token, position, loop.cache)
-        loop = _Loop(request, jnp.where(request == R, 0, count), output, cache, loop.waiting, out)
+        loop = _Loop(request, jnp.where(request == R, 0, drawn), output, cache, loop.waiting, out)
         return refill(loop) if N < R else loop
 
     def refill(loop: _Loop) -> _Loop:
