@@ -3,13 +3,13 @@
     python benchmarks/decoding.py --core 0
     python benchmarks/decoding.py --core 0 --model ../shared/data/stories260K/stories260K.bin --batch 256 --tokens 64
 
-``ours`` is :func:`jrl.language.generation.generate`. ``stacked`` keeps layers and cache stacked: each token scans over
-the layers, the cache goes in as the scan's xs and comes out as its ys, attention is a batch of matrix products, and a
-token is drawn with Gumbel noise. ``cacheless`` has no cache: each token reads the whole text again. All draw from the
-model's own distribution after a first token, in float32, and record log-probabilities. A repeat is compiled beforehand and
-timed until its results are ready; the sides run in turn, A B C A B C; a ratio is that of neighbours. Without ``--model``
-the weights are random, of stories260K's sizes: the work is the same. Processor seconds do not count what other processes
-took of the core. One JSON line is appended to ``benchmarks/results/decoding.jsonl``.
+``ours`` is :func:`jrl.language.generation.generate`. ``stacked`` keeps layers and cache stacked: each token scans
+over the layers, the cache goes in as the scan's xs and comes out as its ys, attention is a batch of matrix products,
+and a token is drawn with Gumbel noise. ``cacheless`` has no cache: each token reads the whole text again. All draw
+from the model's own distribution after a first token, in float32, and record log-probabilities. A repeat is compiled
+beforehand and timed until its results are ready; the sides run in turn, A B C A B C; a ratio is that of neighbours.
+Without ``--model`` the weights are random, of stories260K's sizes: the work is the same. Processor seconds do not
+count what other processes took of the core. One JSON line is appended to ``benchmarks/results/decoding.jsonl``.
 """
 
 from __future__ import annotations
