@@ -66,8 +66,8 @@ ONLY_IN = {
     "gymnax": ("jrl.envs.gymnax",),
     "flax.linen": ("jrl.networks",),
     "flax.nnx": ("jrl.networks",),
-    "flax": ("jrl.networks", "jrl.algos"),
-    "optax": ("jrl.optim", "jrl.algos"),
+    "flax": ("jrl.networks", "jrl.algos", "jrl.language"),
+    "optax": ("jrl.optim", "jrl.algos", "jrl.language"),
 }
 NOWHERE = ("pickle", "cloudpickle", "dill", "distrax", "tensorflow_probability", "tensorflow", "torch")
 OUTER_ONLY = (
