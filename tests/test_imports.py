@@ -28,6 +28,7 @@ RINGS = {
     "jrl.algos": 2,
     "jrl.language": 2,
     "jrl.language.data": 3,
+    "jrl.language.runs": 3,
     "jrl.language.tokenizers": 3,
     "jrl.language.weights": 3,
     "jrl.parallel": 2,

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-FILE = "jrl_tokenizer.json"
+from jrl.records import TOKENIZER as FILE
+
 FORMAT = "jrl-tokenizer-1"
 _MAX_BYTES = 1 << 28  # of a tokenizer's file
 
