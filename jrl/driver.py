@@ -408,7 +408,7 @@ def _train(
 def _plot(folder: Path) -> None:
     from jrl import plots
 
-    if any(row.get("episode_return") is not None for row in records.read_metrics(folder)):
+    if plots.read(folder).env_steps.size:
         plots.learning_curve(folder, out=folder / records.CURVE)
 
 

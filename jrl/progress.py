@@ -175,7 +175,7 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
         if summary["interrupted"]:
             lines.append(f"interrupted  continue with: jrl resume {out}")
         else:
-            more = "jrl generate {0}" if unit == "tokens" else "jrl eval {0}   jrl plot {0}"
+            more = "jrl generate {0}   jrl plot {0}" if unit == "tokens" else "jrl eval {0}   jrl plot {0}"
             lines.append(f"more         {more.format(out)}   jrl resume {out} --env-steps N")
     return "\n".join(lines)
 

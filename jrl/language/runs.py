@@ -309,9 +309,10 @@ def train(
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
     teacher = None if start is None or kind == "pretrain" else start.config
-    record = {
+    record: dict[str, Any] = {
         "kind": kind,
         "algorithm": {"name": kind, "module": KINDS[kind].__name__},
+        "environment": {"id": None, "name": Path(options.corpus).name, "kwargs": {}},
         "corpus": {"name": str(options.corpus), "sha256": _sha256(text), "validation": options.validation},
         "tokenizer": type(tokenizer).__name__,
         "model": dataclasses.asdict(model),
@@ -432,9 +433,10 @@ def _build(
     module, config, model, hparams = _instances(record)
     train, validation = _corpora(record, text, tokenizer)
     algo = _algorithm(record, module, train, validation, model, config, params)
-    name = Path(record["corpus"]["name"]).name
     nothing: Any = None  # a corpus is no environment, and no one steps it
-    env = Environment(nothing, nothing, (), nothing, Discrete(model.vocab_size), name)
+    env = Environment(
+        nothing, nothing, (), nothing, Discrete(model.vocab_size), record["environment"]["name"]
+    )
     setup = Setup(algo, env, config, hparams, record["kind"], module.__name__, None, {})
     length = config.sequence_length or model.max_length
     flops = 3 * transformer.flops_per_token(model, length)

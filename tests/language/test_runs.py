@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jrl import cli, records
+from jrl import cli, plots, records
 from jrl.language import runs, weights
 
 MODEL = ["--num-layers", "1", "--num-heads", "2", "--num-kv-heads", "1", "--width", "8", "--mlp-width", "8"]
@@ -66,6 +66,11 @@ def test_a_run_leaves_what_a_run_leaves(folder):
     assert record["model"]["vocab_size"] == len(set(TEXT))
     assert summary["evaluation"]["num_tokens"] == len(TEXT) - int(len(TEXT) * 0.9) - 1
     assert summary["unit"] == "tokens"
+    curve = plots.read(folder / "lm")
+    assert (curve.measure, curve.env) == ("validation_loss", "corpus.txt")
+    assert curve.mean.tolist() == [row["validation_loss"] for row in rows]
+    assert curve.evaluation == summary["evaluation"]["validation_loss"]
+    assert (folder / "lm" / "learning_curve.png").exists()
     assert not summary["interrupted"]
 
 
