@@ -37,6 +37,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "tabular": ("jrl.algos.tabular", None),
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
+    "language": ("jrl.language", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from jrl import (
         checkpoint,
         envs,
+        language,
         networks,
         normalize,
         ops,

@@ -1,0 +1,1 @@
+"""Language models: texts as Markov decision processes over tokens, trained by the same kernels."""
