@@ -26,6 +26,12 @@ RINGS = {
     "jrl.normalize": 1,
     "jrl.optim": 1,
     "jrl.algos": 2,
+    "jrl.language": 2,
+    "jrl.language.environments": 1,
+    "jrl.language.grammar": 1,
+    "jrl.language.metrics": 1,
+    "jrl.language.ngrams": 1,
+    "jrl.language.rewards": 1,
     "jrl.parallel": 2,
     "jrl.training": 2,
     "jrl.statistics": 2,
@@ -62,8 +68,8 @@ ONLY_IN = {
     "gymnax": ("jrl.envs.gymnax",),
     "flax.linen": ("jrl.networks",),
     "flax.nnx": ("jrl.networks",),
-    "flax": ("jrl.networks", "jrl.algos"),
-    "optax": ("jrl.optim", "jrl.algos"),
+    "flax": ("jrl.networks", "jrl.algos", "jrl.language"),
+    "optax": ("jrl.optim", "jrl.algos", "jrl.language"),
 }
 NOWHERE = ("pickle", "cloudpickle", "dill", "distrax", "tensorflow_probability", "tensorflow", "torch")
 OUTER_ONLY = (
