@@ -32,6 +32,7 @@ RINGS = {
     "jrl.language.metrics": 1,
     "jrl.language.ngrams": 1,
     "jrl.language.rewards": 1,
+    "jrl.language.tasks": 1,
     "jrl.parallel": 2,
     "jrl.training": 2,
     "jrl.statistics": 2,

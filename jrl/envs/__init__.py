@@ -27,6 +27,7 @@ from jrl.envs.wrappers import (
     transform_action,
     vectorize,
 )
+from jrl.language import tasks as _tasks  # noqa: F401 - registers its environments
 
 __all__ = [
     "DOWNLOADS",
