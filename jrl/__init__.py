@@ -30,6 +30,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "tabular": ("jrl.algos.tabular", None),
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
+    "grpo": ("jrl.language.grpo", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -53,7 +54,11 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 }
 
 # The algorithms by name: an export is all the command needs to know one.
-_ALGORITHMS = {name: module for name, (module, _) in _EXPORTS.items() if module.startswith("jrl.algos.")}
+_ALGORITHMS = {
+    name: module
+    for name, (module, _) in _EXPORTS.items()
+    if module.startswith("jrl.algos.") or name in ("grpo", "token_dqn")
+}
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -91,6 +96,7 @@ if TYPE_CHECKING:
     from jrl.algos import dqn, linear, monte_carlo, ppo, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
+    from jrl.language import grpo
     from jrl.training import EpisodeStats, evaluate, train
     from jrl.types import (
         Algorithm,

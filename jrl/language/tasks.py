@@ -1,6 +1,6 @@
 """Token environments with known answers: random walks, addition, sorting, reversing, the next word.
 
-Each is an id of :func:`jrl.make`, so that the generic algorithms run on it too.
+Each is an id of :func:`jrl.make` (:mod:`jrl.envs.text`), so that the generic algorithms run on it too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.envs.registry import register
 from jrl.language import ngrams
 from jrl.language.environments import Prompts, TokenReward, token_mdp
 from jrl.language.rewards import Text
@@ -26,24 +25,42 @@ SPLITS = ("train", "test", "all")
 
 
 def walk_graph(nodes: int = 21, edge_probability: float = 0.1, seed: int = 1002) -> np.ndarray:
-    """Draw a directed graph in which every node leads to another and to node 0: bool ``[nodes, nodes]``.
+    """Draw a directed graph in which every node leads to another and at last to node 0: bool ``[nodes, nodes]``.
+
+    The defaults are the graph of trlx's example: uniform numbers of NumPy's legacy generator above
+    ``1 − edge_probability``, the diagonal left out, drawn again until no row is empty.
 
     Raises:
         ValueError: no such graph within a thousand draws.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.RandomState(seed)
     for _ in range(1000):
-        edges = random.random((nodes, nodes)) < edge_probability
-        for node in range(nodes):
-            if not edges[node].any():
-                edges[node, random.integers(nodes)] = True
+        edges = random.rand(nodes, nodes) > 1.0 - edge_probability
         np.fill_diagonal(edges, False)
-        if np.isfinite(shortest_walks(edges)).all() and edges.any(1).all():
+        if edges.any(1).all() and np.isfinite(shortest_walks(edges)).all():
             return edges
     raise ValueError(
         f"walk_graph(nodes={nodes}, edge_probability={edge_probability}): no graph in which node 0 can be reached "
         "from everywhere; raise edge_probability."
     )
+
+
+def logged_walks(
+    edges: np.ndarray, count: int = 1000, max_nodes: int = 10, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw walks of a walker who takes every edge alike and stops at node 0: int32 ``[count, max_nodes]``, and lengths.
+
+    What offline algorithms learn from; behind its end a walk is −1.
+    """
+    random = np.random.default_rng(seed)
+    walks = np.full((count, max_nodes), -1, np.int32)
+    walks[:, 0] = random.integers(1, len(edges), count)
+    for walk in walks:
+        for i in range(1, max_nodes):
+            walk[i] = random.choice(np.flatnonzero(edges[walk[i - 1]]))
+            if walk[i] == 0:
+                break
+    return walks, (walks >= 0).sum(1).astype(np.int32)
 
 
 def shortest_walks(edges: np.ndarray) -> np.ndarray:
@@ -63,8 +80,8 @@ def random_walks(
     The reward on arrival is ``(worst − n) / (worst − shortest)`` for a walk over ``n`` nodes, 1 for a shortest one;
     a step along no edge ends the walk without reward, and so do ``max_nodes`` nodes.
 
-    Source: the toy task of Chen et al. 2021, "Decision Transformer", section 3.1, https://arxiv.org/abs/2106.01345,
-    and of trlx (Havrilla et al. 2023), with a graph of its own.
+    Source: the toy task of Chen et al. 2021, "Decision Transformer", https://arxiv.org/abs/2106.01345, as trlx has it
+    (Havrilla et al. 2023, https://aclanthology.org/2023.emnlp-main.530).
 
     Args:
         nodes: of the graph, the vocabulary; node 0 is the goal.
@@ -292,13 +309,3 @@ def corpus_words(text: str | None = None) -> list[str]:
     if not words:
         raise ValueError("NextWord-jrl: the text has no words.")
     return words
-
-
-for _id, _factory in (
-    ("RandomWalks-jrl", random_walks),
-    ("Addition-jrl", addition),
-    ("Sorting-jrl", sorting),
-    ("Reversing-jrl", reversing),
-    ("NextWord-jrl", next_word),
-):
-    register(_id, _factory)
