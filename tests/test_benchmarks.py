@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import against_peers  # noqa: E402
+import decoding  # noqa: E402
 import env_stepping  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
@@ -139,6 +140,17 @@ def test_env_stepping_compares_equal_work_in_turn():
     for episodes in record["episodes"].values():
         assert 15 < 2 * 2_000 / episodes < 35  # random play keeps the pole up for 22 steps
     assert set(record["machine"]) >= MACHINE
+    json.dumps(record, allow_nan=False)
+
+
+def test_decoding_compares_equal_work_in_turn():
+    record = decoding.measure(decoding.Decoding(batch=128, tokens=3), pairs=1)
+    assert set(record["tokens_per_second"]) == set(record["compile"]) == {"ours", "stacked", "cacheless"}
+    (row,) = record["pairs"]
+    # All sample the same distribution: means of log-probabilities agree but for chance.
+    means = [row[side]["log_prob"] for side in decoding.SIDES]
+    assert max(means) - min(means) < 0.05
+    assert -6.5 < means[0] < -6  # a new model is nearly uniform over 512 tokens
     json.dumps(record, allow_nan=False)
 
 

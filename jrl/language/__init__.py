@@ -1,4 +1,1 @@
-"""Text as a Markov decision process: the state is the text so far, the action the next token.
-
-Nothing is imported here; each module is its own door.
-"""
+"""Language models: texts as Markov decision processes over tokens, trained by the same kernels."""

@@ -82,6 +82,10 @@ class Config:
                 raise TypeError(f"{name}={value!r}: must be an integer.")
             if value < lowest:
                 raise ValueError(f"{name}={value}: must be at least {lowest}.")
+        for name in ("norm_eps", "rope_theta", "init_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r}: must be a finite number above 0.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}.")
