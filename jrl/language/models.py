@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jrl import networks
+from jrl import networks, ops
 from jrl.language.environments import token_step
 from jrl.networks import transformer
 from jrl.types import Array, Environment, Key, MaskedObservation, Memory, Params, PyTree
@@ -245,3 +245,31 @@ def _by_prefixes(prefix: Callable[[Params, Array], Output], steps: int) -> Calla
 def tokens_of(obs: PyTree) -> tuple[Array, Array | None]:
     """Return the text of an observation, and its action mask or None."""
     return (obs.obs, obs.action_mask) if isinstance(obs, MaskedObservation) else (obs, None)
+
+
+def next_token(logits: Array, mask: Array | None) -> ops.Categorical:
+    """Return the distribution of the next token, ``[..., V]``, over those that ``mask`` allows."""
+    return ops.Categorical(logits if mask is None else ops.masked(logits, mask))
+
+
+def actor(model: Model, *, cache: bool) -> Callable[..., tuple[Array, Memory, tuple[Array, Array]]]:
+    """Return ``(params, key, obs, memory) -> (token, memory, (log_prob, value))``, as a policy acts.
+
+    With ``cache`` the memory is that of :attr:`Model.start`, and ``init_memory`` is
+    :func:`jrl.rollout.keep_memory`; without, every prefix is read anew. Both draw the same tokens.
+    """
+
+    def act(
+        params: Params, key: Key, obs: PyTree, memory: Memory
+    ) -> tuple[Array, Memory, tuple[Array, Array]]:
+        tokens, mask = tokens_of(obs)
+        if cache:
+            assert model.read is not None
+            output, memory = model.read(params, tokens, memory)
+        else:
+            output = model.prefix(params, tokens)
+        policy = next_token(output.logits, mask)
+        action = policy.sample(key)
+        return action, memory, (policy.log_prob(action), output.value)
+
+    return act

@@ -214,22 +214,12 @@ def make(
     num_texts, steps = config.num_prompts * config.group_size, spec.max_new_tokens
     prompts, envs = vectorize(env, config.num_prompts), vectorize(env, num_texts)
 
-    def act(
-        params: Params, key: Key, obs: PyTree, memory: Memory
-    ) -> tuple[Array, Memory, tuple[Array, Array]]:
-        tokens, mask = models.tokens_of(obs)
-        if config.cache:
-            output, memory = model.read(params, tokens, memory)  # type: ignore[misc]
-        else:
-            output = model.prefix(params, tokens)
-        policy = _categorical(output.logits, mask)
-        action = policy.sample(key)
-        return action, memory, (policy.log_prob(action), output.value)
+    act = models.actor(model, cache=config.cache)
 
     def play(greedy: bool, params: Params, key: Key, obs: PyTree, memory: Memory) -> tuple:
         tokens, mask = models.tokens_of(obs)
         output = model.prefix(params, tokens)
-        policy = _categorical(output.logits, mask)
+        policy = models.next_token(output.logits, mask)
         return policy.mode() if greedy else policy.sample(key), memory, {"value": output.value}
 
     play_greedily, play_sampled = jax.tree_util.Partial(play, True), jax.tree_util.Partial(play, False)
@@ -282,7 +272,7 @@ def make(
         if penalty != "none":
             output = model.text(state.reference, tokens, before.prompt_length)
             logits = jnp.swapaxes(output.logits[:, :steps], 0, 1)
-            reference_log_prob = _categorical(logits, allowed).log_prob(transitions.action)
+            reference_log_prob = models.next_token(logits, allowed).log_prob(transitions.action)
             kl = jnp.where(said, log_prob - reference_log_prob, 0.0)
         if penalty == "reward":
             reward = reward - state.kl_coef * kl
@@ -297,7 +287,10 @@ def make(
             variance = ((advantage - mean) ** 2 * said).sum() / said.sum()
             advantage = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
         else:
-            advantage, target = compare(reward, last, hparams.gamma), jnp.zeros_like(reward)
+            advantage, target = (
+                compare(choice, reward, last, hparams.gamma, config.group_size),
+                jnp.zeros_like(reward),
+            )
         per_token = (transitions.action, said, log_prob, reference_log_prob, value, advantage, target)
         by_text = [jnp.swapaxes(x, 0, 1) for x in per_token]
         masks = () if allowed is None else jnp.swapaxes(allowed, 0, 1)
@@ -308,40 +301,17 @@ def make(
             report | _episodes(transitions, said),
         )
 
-    def compare(reward: Array, last: Array, gamma: Array | float) -> Array:
-        """Return the advantage ``[T, N]`` of each token from the returns of the texts beside it."""
-        nothing = jnp.zeros_like(reward)
-        to_go = ops.discounted_returns(reward, nothing, last, jnp.zeros_like(last), gamma=gamma)
-        if choice.advantage == "to_go":
-            others = (to_go.sum(1, keepdims=True) - to_go) / max(num_texts - 1, 1)
-            return to_go - others
-        group = to_go[0].reshape(config.num_prompts, config.group_size)
-        mean = group.mean(1, keepdims=True)
-        relative = group - mean
-        if choice.advantage == "others":
-            relative *= config.group_size / (config.group_size - 1)
-        if choice.advantage == "group_std":
-            relative /= group.std(1, keepdims=True, ddof=1) + 1e-4
-        return jnp.broadcast_to(relative.reshape(-1), reward.shape)
-
     def loss(params: Params, batch: Batch, kl_coef: Array, hparams: HParams) -> tuple[Array, Metrics]:
         output = model.text(params, batch.tokens, batch.prompt_length)
-        policy = _categorical(
+        policy = models.next_token(
             output.logits[:, :steps], None if isinstance(batch.allowed, tuple) else batch.allowed
         )
         # Nothing of what was not said may be infinite, forwards or backwards.
         log_prob = jnp.where(batch.said, policy.log_prob(batch.action), batch.log_prob)
-        log_ratio = log_prob - batch.log_prob
-        ratio = jnp.exp(log_ratio)
-        surrogate = batch.advantage * log_prob
-        if choice.clipped:
-            clipped = jnp.clip(ratio, 1.0 - hparams.clip_eps, 1.0 + hparams.clip_eps_high)
-            surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)
-        policy_loss = -reduce(surrogate, batch.said)
+        policy_loss = surrogate_loss(choice, log_prob, batch, hparams)
         total, metrics = policy_loss, {"policy_loss": policy_loss}
         if penalty == "loss":
-            against = batch.reference_log_prob - log_prob
-            total += kl_coef * reduce(jnp.expm1(against) - against, batch.said)
+            total += kl_coef * penalty_loss(choice, log_prob, batch)
         if choice.advantage == "value":
             value = output.value[:, :steps]
             moved = batch.value + jnp.clip(
@@ -352,6 +322,8 @@ def make(
             total += hparams.value_coef * metrics["value_loss"]
         entropy = _mean(policy.entropy(), batch.said)
         total -= hparams.entropy_coef * entropy
+        log_ratio = log_prob - batch.log_prob
+        ratio = jnp.exp(log_ratio)
         outside = (ratio < 1.0 - hparams.clip_eps) | (ratio > 1.0 + hparams.clip_eps_high)
         return total, metrics | {
             "loss": total,
@@ -359,14 +331,6 @@ def make(
             "approx_kl": _mean(jnp.expm1(log_ratio) - log_ratio, batch.said),
             "clip_fraction": _mean(outside, batch.said),
         }
-
-    def reduce(x: Array, said: Array) -> Array:
-        """Reduce ``[N, T]`` to a number, in the variant's way of weighing a text's tokens."""
-        if choice.tokens == "all":
-            return _mean(x, said)
-        total = jnp.where(said, x, 0.0).sum(1)
-        scale: Any = {"each": said.sum(1), "fixed": steps, "sum": 1}[choice.tokens]
-        return (total / scale).mean()
 
     def update(state: State, batch: Batch, key: Key, hparams: HParams) -> tuple[State, Metrics]:
         """Take num_epochs × num_minibatches gradient steps on ``batch``."""
@@ -418,6 +382,53 @@ def make(
     return Algorithm(init, step, policy, num_texts * steps, env)
 
 
+def compare(choice: Variant, reward: Array, last: Array, gamma: Array | float, group_size: int) -> Array:
+    """Return the advantage of each token from the returns of the texts beside its own.
+
+    Args:
+        choice: ``group``: ``R − mean``; ``group_std``: ``(R − mean) / (std + 1e-4)``, the deviation of the sample;
+            ``others``: ``R`` less the mean of the rest of the group; ``to_go``: the return from here on, less the mean
+            of it over all other texts.
+        reward: float32 ``[T, N]``, groups side by side; 0 behind the end.
+        last: bool ``[T, N]``, true once in each text.
+        gamma: discount per token.
+        group_size: texts after the same prompt.
+    """
+    to_go = ops.discounted_returns(reward, jnp.zeros_like(reward), last, jnp.zeros_like(last), gamma=gamma)
+    if choice.advantage == "to_go":
+        return to_go - (to_go.sum(1, keepdims=True) - to_go) / max(to_go.shape[1] - 1, 1)
+    group = to_go[0].reshape(-1, group_size)
+    relative = group - group.mean(1, keepdims=True)
+    if choice.advantage == "others":
+        relative *= group_size / (group_size - 1)
+    if choice.advantage == "group_std":
+        relative /= group.std(1, keepdims=True, ddof=1) + 1e-4
+    return jnp.broadcast_to(relative.reshape(-1), reward.shape)
+
+
+def surrogate_loss(choice: Variant, log_prob: Array, batch: Batch, hparams: HParams) -> Array:
+    """``−Σ_t min(ρ A, clip(ρ) A)``, or ``−Σ_t A log π``, weighed as the variant does; ``log_prob`` is ``[N, T]``."""
+    if not choice.clipped:
+        return -_weigh(choice, batch.advantage * log_prob, batch.said)
+    ratio = jnp.exp(log_prob - batch.log_prob)
+    clipped = jnp.clip(ratio, 1.0 - hparams.clip_eps, 1.0 + hparams.clip_eps_high)
+    return -_weigh(choice, jnp.minimum(ratio * batch.advantage, clipped * batch.advantage), batch.said)
+
+
+def penalty_loss(choice: Variant, log_prob: Array, batch: Batch) -> Array:
+    """``Σ_t π_ref/π − log(π_ref/π) − 1``, weighed as the variant does."""
+    against = batch.reference_log_prob - log_prob
+    return _weigh(choice, jnp.expm1(against) - against, batch.said)
+
+
+def _weigh(choice: Variant, x: Array, said: Array) -> Array:
+    if choice.tokens == "all":
+        return _mean(x, said)
+    total = jnp.where(said, x, 0.0).sum(1)
+    scale: Any = {"each": said.sum(1), "fixed": said.shape[1], "sum": 1}[choice.tokens]
+    return (total / scale).mean()
+
+
 def finished_texts(before: Text, transitions: Transition, last: Array, eos: int | None) -> Text:
     """Return the texts as they ended, leaves ``[N, ...]``; ``last`` is bool ``[T, N]``, true once for each."""
     index = jnp.argmax(last, axis=0)
@@ -425,10 +436,6 @@ def finished_texts(before: Text, transitions: Transition, last: Array, eos: int 
     token = jnp.take_along_axis(transitions.action, index[None], axis=0)[0]
     finished = jnp.zeros(token.shape, bool) if eos is None else token == eos
     return before._replace(tokens=texts, length=before.prompt_length + index + 1, finished=finished)
-
-
-def _categorical(logits: Array, mask: Array | None) -> ops.Categorical:
-    return ops.Categorical(logits if mask is None else ops.masked(logits, mask))
 
 
 def _mean(x: Array, said: Array) -> Array:

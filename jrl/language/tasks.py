@@ -21,6 +21,38 @@ from jrl.types import Array, Environment, PyTree
 SPLITS = ("train", "test", "all")
 
 
+# ------------------------------------------------------------------------------------------------ random rewards
+
+
+def random_rewards(vocab_size: int = 8, length: int = 5, seed: int = 0, scale: float = 0.5) -> Environment:
+    """Say ``length`` tokens, each worth a normal number that depends on its place, itself and the token before it.
+
+    Every text is one of ``vocab_size ** length``, so that :mod:`jrl.language.exact` knows all answers.
+
+    Args:
+        vocab_size: ``V``.
+        length: ``T``.
+        seed: of the rewards.
+        scale: their standard deviation.
+    """
+    size = (length, vocab_size + 1, vocab_size)
+    worth = jnp.asarray(scale * np.random.default_rng(seed).normal(size=size), jnp.float32)
+
+    def step(carry: PyTree, text: Text, over: Array) -> tuple[PyTree, Array, Array]:
+        place = text.length - text.prompt_length - 1
+        before = jnp.where(place > 0, text.tokens[text.length - 2], vocab_size)
+        return carry, worth[place, before, text.tokens[text.length - 1]], jnp.bool_(False)
+
+    return token_mdp(
+        Prompts(np.zeros((1, 1), int), np.ones(1, int)),
+        TokenReward(lambda text: (), step),
+        vocab_size=vocab_size,
+        max_new_tokens=length,
+        at_limit="terminate",
+        name=f"random rewards {vocab_size}^{length}",
+    )
+
+
 # ------------------------------------------------------------------------------------------------- random walks
 
 
