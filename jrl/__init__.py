@@ -31,6 +31,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
     "grpo": ("jrl.language.grpo", None),
+    "token_dqn": ("jrl.language.token_dqn", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
     from jrl.algos import dqn, linear, monte_carlo, ppo, tabular
     from jrl.driver import resume, run
     from jrl.envs import make
-    from jrl.language import grpo
+    from jrl.language import grpo, token_dqn
     from jrl.training import EpisodeStats, evaluate, train
     from jrl.types import (
         Algorithm,
