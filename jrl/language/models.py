@@ -160,7 +160,7 @@ def from_transformer(env: Environment, config: transformer.Config, params: Param
 
     def prefix(params: Params, tokens: Array) -> Output:
         flat = tokens.reshape(-1, tokens.shape[-1])
-        last = at(everywhere(params, flat), (_length(flat) - 1)[:, None])
+        last = at(everywhere(params, flat), (text_length(flat) - 1)[:, None])
         return jax.tree.map(lambda leaf: leaf.reshape(*tokens.shape[:-1], *leaf.shape[2:]), last)
 
     def text(params: Params, tokens: Array, prompt_length: Array) -> Output:
@@ -171,11 +171,13 @@ def from_transformer(env: Environment, config: transformer.Config, params: Param
     def start(params: Params, tokens: Array) -> Memory:
         cache = transformer.init_cache(config, tokens.shape[0], longest)
         prompt = jnp.maximum(tokens[:, : spec.max_prompt], 0)
-        return transformer.prefill(params, config, prompt, _length(tokens[:, : spec.max_prompt]), cache)[1]
+        return transformer.prefill(params, config, prompt, text_length(tokens[:, : spec.max_prompt]), cache)[
+            1
+        ]
 
     def read(params: Params, tokens: Array, memory: Memory) -> tuple[Output, Memory]:
         # Reading the prompt's last token again writes what is there already.
-        place = _length(tokens) - 1
+        place = text_length(tokens) - 1
         token = jnp.take_along_axis(tokens, place[:, None], axis=1)[:, 0]
         output, memory = transformer.decode(params, config, token, place, memory)
         return record(output), memory
@@ -211,7 +213,7 @@ def table(env: Environment, *, num_q: int = 0, init_scale: float = 0.0) -> Model
         return {"logits": logits, "value": value, "q": q}
 
     def prefix(params: Params, tokens: Array) -> Output:
-        said, length = jnp.maximum(tokens[..., prompt_length:], 0), _length(tokens) - prompt_length
+        said, length = jnp.maximum(tokens[..., prompt_length:], 0), text_length(tokens) - prompt_length
         power = length[..., None] - 1 - jnp.arange(depth)
         place = jnp.where(power >= 0, said * weights[jnp.maximum(power, 0)], 0).sum(-1)
         return Output(**jax.tree.map(lambda leaf: leaf[first[length] + place], params))
@@ -228,7 +230,8 @@ class _Torso:
     layer_norm: bool = False
 
 
-def _length(tokens: Array) -> Array:
+def text_length(tokens: Array) -> Array:
+    """Return how many tokens texts ``[..., L]`` have before the −1 behind their ends, ``[...]``."""
     return (tokens >= 0).sum(-1)
 
 
