@@ -38,6 +38,8 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
     "language": ("jrl.language", None),
+    "grpo": ("jrl.language.grpo", None),
+    "token_dqn": ("jrl.language.token_dqn", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
@@ -61,7 +63,11 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 }
 
 # The algorithms by name: an export is all the command needs to know one.
-_ALGORITHMS = {name: module for name, (module, _) in _EXPORTS.items() if module.startswith("jrl.algos.")}
+_ALGORITHMS = {
+    name: module
+    for name, (module, _) in _EXPORTS.items()
+    if module.startswith("jrl.algos.") or name in ("grpo", "token_dqn")
+}
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -113,6 +119,7 @@ if TYPE_CHECKING:
     )
     from jrl.driver import resume, run
     from jrl.envs import make
+    from jrl.language import grpo, token_dqn
     from jrl.training import EpisodeStats, evaluate, train
     from jrl.types import (
         Algorithm,

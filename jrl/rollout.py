@@ -159,9 +159,17 @@ def successor_values(
     return values.reshape(length, num_envs)
 
 
+def keep_memory(batch_shape: tuple[int, ...]) -> None:
+    """As a policy's ``init_memory``: leave its memory as it is at episode ends.
+
+    For one that reads only what belongs to the episode, such as a key/value cache that is looked at up to the
+    position of the token: resetting it would copy it at every step.
+    """
+
+
 def reset_memory(policy: Policy | Network, memory: Memory, ended: Array) -> Memory:
     """Return ``memory`` (leaves ``[B, ...]``) with its initial value where ``ended`` (bool ``[B]``)."""
-    if not jax.tree.leaves(memory):
+    if not jax.tree.leaves(memory) or policy.init_memory is keep_memory:
         return memory
 
     def select(initial: Array, current: Array) -> Array:

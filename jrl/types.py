@@ -119,6 +119,19 @@ class FiniteObservation(jax.ShapeDtypeStruct):
         self.n = n
 
 
+class TokenObservation(jax.ShapeDtypeStruct):
+    """Specification of an observation that is a text: int32 ``[length]``, tokens ``0 … n-1``, −1 behind its end.
+
+    The default networks see it one-hot, 0 behind the end.
+    """
+
+    n: int
+
+    def __init__(self, length: int, n: int) -> None:
+        super().__init__((length,), jnp.int32)
+        self.n = n
+
+
 class TimeStep(NamedTuple):
     """What one step of an environment returns.
 

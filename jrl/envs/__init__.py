@@ -3,7 +3,7 @@
 gymnax is imported when an environment of it is first asked for, never by importing this module.
 """
 
-from jrl.envs import blackjack, classic_tabular, counterexamples, grid_world, probes, traffic_light
+from jrl.envs import blackjack, classic_tabular, counterexamples, grid_world, probes, text, traffic_light
 from jrl.envs.build import from_functions, strict
 from jrl.envs.enumeration import to_mdp
 from jrl.envs.finite import FiniteModel, Outcomes, Start, from_mdp, from_outcomes
@@ -58,6 +58,7 @@ __all__ = [
     "scale_reward",
     "sticky_actions",
     "strict",
+    "text",
     "time_limit",
     "to_mdp",
     "traffic_light",

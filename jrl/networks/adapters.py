@@ -8,7 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.types import ActionSpace, Box, Discrete, MaskedObservation, MultiDiscrete, Network, PyTree, no_memory
+from jrl.types import (
+    ActionSpace,
+    Box,
+    Discrete,
+    MaskedObservation,
+    MultiDiscrete,
+    Network,
+    PyTree,
+    TokenObservation,
+    no_memory,
+)
 
 
 def as_network(network: Any) -> Network:
@@ -87,21 +97,25 @@ def from_nnx(constructor: Callable[..., Any]) -> Network:
 def observation_flattener(spec: PyTree) -> Callable[[PyTree], jax.Array]:
     """Return ``obs -> features float32 [..., F]``: every leaf of ``obs`` flattened, cast and joined.
 
-    uint8 leaves are taken for pixels and divided by 255, see :func:`as_float`.
+    uint8 leaves are taken for pixels and divided by 255, see :func:`as_float`; tokens become one-hot.
 
     Args:
         spec: pytree of ShapeDtypeStruct of one observation; what stands before these axes is batch.
     """
-    ranks = [len(leaf.shape) for leaf in jax.tree.leaves(spec)]
+    specs = jax.tree.leaves(spec)
 
     def flatten(obs: PyTree) -> jax.Array:
         leaves = [
-            as_float(leaf.reshape(*leaf.shape[: leaf.ndim - rank], -1))
-            for leaf, rank in zip(jax.tree.leaves(obs), ranks, strict=True)
+            as_float(_one_hot(leaf, spec).reshape(*leaf.shape[: leaf.ndim - len(spec.shape)], -1))
+            for leaf, spec in zip(jax.tree.leaves(obs), specs, strict=True)
         ]
         return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=-1)
 
     return flatten
+
+
+def _one_hot(x: jax.Array, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.nn.one_hot(x, spec.n, dtype=jnp.float32) if isinstance(spec, TokenObservation) else x
 
 
 def as_float(x: jax.Array) -> jax.Array:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import a2c, dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, reinforce, sac, tabular, td3
+from jrl import a2c, dqn, grpo, linear, monte_carlo, ppo, pqn, r2d2, rainbow, reinforce, sac, tabular, td3
 from jrl.envs import action_mask, from_functions
+from jrl.language import grammar
+from jrl.language.environments import Prompts, gain, token_mdp
 from jrl.types import Environment, MultiDiscrete
 
 
@@ -41,6 +43,8 @@ def environment(name: str) -> Environment:
             return multi_discrete()
         case "pixels":
             return pixels()
+        case "grammar":
+            return in_grammar()
         case "grid" | "grid-raw":
             return jrl.make("GridWorld-jrl", rows=16, columns=16, start=-1, raw=name == "grid-raw")
     return jrl.make(name)
@@ -63,6 +67,18 @@ def multi_discrete() -> Environment:
         return obs, obs, reward, jax.random.bernoulli(end_key, 0.2), False
 
     return from_functions(reset, transition, (), MultiDiscrete((2, 3)), "two choices")
+
+
+def in_grammar() -> Environment:
+    """Texts of the grammar a(b|c)*: 1 for every b. Tokens a, b, c and the end; prompts a and c."""
+    return token_mdp(
+        Prompts([[0], [2]], [1, 1]),
+        gain(lambda text: (text.tokens == 1).sum().astype(jnp.float32)),
+        vocab_size=4,
+        max_new_tokens=4,
+        eos=3,
+        grammar=grammar.compile("a(b|c)*", ["a", "b", "c", "<eos>"]),
+    )
 
 
 def pixels() -> Environment:
@@ -138,6 +154,12 @@ R2D2 = {
     "memory_size": 8,
 }
 
+
+def _grpo(name: str, env: str, **choices: Any) -> Case:
+    sizes = {"num_prompts": 4, "group_size": 2, "hidden_sizes": (8,)}
+    return Case(f"grpo-{name}", grpo, env, grpo.Config(**sizes | choices), (("kl_coef", 0.1),))
+
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -173,6 +195,20 @@ CASES = [
     _tabular("dyna-q", "grid-raw", planning_updates=3),
     _monte_carlo("first-visit"),
     _monte_carlo("every-visit", visit="every", step_size="constant"),
+    _grpo("grpo", "RandomWalks-jrl"),
+    _grpo(
+        "ppo",
+        "grammar",
+        variant="ppo",
+        adaptive_kl=True,
+        num_epochs=2,
+        num_minibatches=2,
+        model="transformer",
+        num_layers=1,
+        num_heads=1,
+        width=8,
+        cache=True,
+    ),
     _linear("sarsa-lambda"),
     _linear("q-learning", "grid-raw", target="q_learning", trace="accumulating"),
     _linear("target-network", target="q_learning", trace="none", target_network=True),

@@ -1,0 +1,166 @@
+"""The known answers of small token environments: every prefix enumerated, solved backwards.
+
+::
+
+    tree = exact.enumerate_prefixes(env)
+    q = exact.optimal_values(tree, gamma=1.0)                    # Q*, depth by depth
+    log_policy = exact.soft_policy(tree, log_reference, beta)    # π* ∝ π_ref · exp(return / β)
+
+Quantities are tuples over depths ``t = 0 … T−1``, each ``[V^t, …]``: prefix ``i`` at depth ``t`` followed by token
+``a`` is prefix ``i · V + a`` at depth ``t + 1``. Rows behind the end of a text exist and mean nothing. The value of a
+text that is cut by the limit is that of its rewards, as nothing follows it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.language.environments import token_step
+from jrl.types import Array, Environment, PyTree
+
+MOST = 10**6
+
+
+class Tree(NamedTuple):
+    """Every prefix of the texts after one prompt.
+
+    Attributes:
+        obs: what a policy sees of each prefix, leaves ``[V^t, …]``.
+        allowed: bool ``[V^t, V]``, the action mask.
+        reward: float32 ``[V^t, V]``, of each next token.
+        ended: bool ``[V^t, V]``, whether it ends the text.
+        alive: bool ``[V^t]``, whether the prefix is one that a text can have.
+    """
+
+    obs: tuple[PyTree, ...]
+    allowed: tuple[Array, ...]
+    reward: tuple[Array, ...]
+    ended: tuple[Array, ...]
+    alive: tuple[Array, ...]
+
+
+def enumerate_prefixes(env: Environment, prompt: int = 0, params: PyTree = None) -> Tree:
+    """Play every token after every prefix.
+
+    Args:
+        env: from :func:`jrl.language.environments.token_mdp`.
+        prompt: its number among the environment's prompts.
+        params: the environment's; None means ``env.params``.
+
+    Raises:
+        ValueError: more than 10^6 texts, or no such prompt.
+        TypeError: another environment.
+    """
+    spec = token_step(env, "exact.enumerate_prefixes")
+    size, depth, count = spec.vocab_size, spec.max_new_tokens, len(spec.prompts.length)
+    if size**depth > MOST:
+        raise ValueError(
+            f"{env.name}: {size}^{depth} texts are more than {MOST:,}, which is what can be enumerated."
+        )
+    if not 0 <= prompt < count:
+        raise ValueError(f"{env.name}: prompt={prompt}: there are {count} prompts, 0 to {count - 1}.")
+    params = env.params if params is None else params
+    state, obs = spec.start(prompt)
+    states, observations = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (state, obs))
+    tokens = jnp.arange(size)
+    alive, levels = jnp.ones(1, bool), []
+    play = jax.jit(jax.vmap(jax.vmap(spec.advance, (None, 0, None)), (0, None, None)))
+    for _ in range(depth):
+        successors, next_obs, reward, terminated, truncated = play(states, tokens, params)
+        ended = terminated | truncated
+        mask = getattr(observations, "action_mask", jnp.ones_like(ended))
+        levels.append((observations, mask, reward.astype(jnp.float32), ended, alive))
+        states, observations = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (successors, next_obs)
+        )
+        alive = (alive[:, None] & mask & ~ended).reshape(-1)
+    return Tree(*map(tuple, zip(*levels, strict=True)))
+
+
+def _backwards(tree: Tree, step: Callable[[Array, int], tuple[Array, Array]]) -> tuple[Array, ...]:
+    """Run ``(value of what follows [V^t, V], t) -> (value [V^t], result)`` from the last depth to the first."""
+    following, results = jnp.zeros(tree.reward[-1].size), []
+    for t in reversed(range(len(tree.reward))):
+        after = jnp.where(tree.ended[t], 0.0, following.reshape(tree.reward[t].shape))
+        following, result = step(after, t)
+        results.append(result)
+    return tuple(reversed(results))
+
+
+def optimal_values(tree: Tree, gamma: Array | float = 1.0) -> tuple[Array, ...]:
+    """``Q*(s, a) = r + γ max_b Q*(s', b)``, each ``[V^t, V]``; −inf for tokens that are not allowed."""
+
+    def step(after: Array, t: int) -> tuple[Array, Array]:
+        q = jnp.where(tree.allowed[t], tree.reward[t] + gamma * after, -jnp.inf)
+        return jnp.where(tree.alive[t], q.max(-1), 0.0), q
+
+    return _backwards(tree, step)
+
+
+def soft_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float) -> tuple[Array, ...]:
+    """The policy that maximises ``E[return] − β KL(π ‖ π_ref)``, as log-probabilities ``[V^t, V]``.
+
+    ``Q = r + V'``, ``V = β log Σ_a π_ref(a) exp(Q / β)``, ``π* = π_ref exp((Q − V) / β)``: over whole texts
+    ``π* ∝ π_ref · exp(return / β)``.
+
+    Source: Levine 2018, "Reinforcement Learning and Control as Probabilistic Inference", section 2,
+    https://arxiv.org/abs/1805.00909; Rafailov et al. 2023 (DPO), equation 4, https://arxiv.org/abs/2305.18290.
+    """
+
+    def step(after: Array, t: int) -> tuple[Array, Array]:
+        weighed = log_reference[t] + (tree.reward[t] + after) / beta
+        return beta * jax.nn.logsumexp(weighed, -1), jax.nn.log_softmax(weighed, -1)
+
+    return _backwards(tree, step)
+
+
+def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float) -> tuple[Array, ...]:
+    """Where GRPO comes to rest, whose penalty is the k3 estimate within the loss: log-probabilities ``[V^t, V]``.
+
+    The gradient of that estimate is the one of ``KL(π_ref ‖ π)``, so that at rest
+    ``π(a)(Q(a) − V) = β (π(a) − π_ref(a))``, i.e. ``π = β π_ref / (β + V − Q)`` with ``V`` such that it sums to 1.
+
+    Source: derived so in Vojnović and Yun 2025, "What is the Alignment Objective of GRPO?",
+    https://arxiv.org/abs/2502.18548. Here without the division by the group's standard deviation: divide β by it.
+    """
+
+    def step(after: Array, t: int) -> tuple[Array, Array]:
+        q, reference = tree.reward[t] + after, jnp.exp(log_reference[t])
+        best = q.max(-1, keepdims=True)
+
+        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            above = (beta * reference / (beta + middle - q)).sum(-1, keepdims=True) > 1.0
+            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+        value = jax.lax.fori_loop(0, 40, halve, (best - beta * (1.0 - 1e-6), best))[1]
+        log_policy = jax.nn.log_softmax(jnp.log(beta * reference / (beta + value - q)), -1)
+        return (jnp.exp(log_policy) * q).sum(-1), log_policy
+
+    return _backwards(tree, step)
+
+
+def expectation(tree: Tree, log_policy: Sequence[Array], per_token: Sequence[Array] | None = None) -> Array:
+    """``E[Σ_t x_t]`` over the texts of a policy, a scalar; ``x`` is the reward where None is given.
+
+    Differentiable in ``log_policy``: the exact policy gradient is the gradient of this.
+    """
+    per_token = tree.reward if per_token is None else per_token
+
+    def step(after: Array, t: int) -> tuple[Array, Array]:
+        probability = jnp.exp(log_policy[t])
+        # What has no probability may be worth −inf.
+        value = jnp.where(probability > 0, probability * (per_token[t] + after), 0.0).sum(-1)
+        return value, value
+
+    return _backwards(tree, step)[0][0]
+
+
+def divergence(tree: Tree, log_policy: Sequence[Array], log_other: Sequence[Array]) -> Array:
+    """``KL(π ‖ π')`` between the distributions over whole texts, in nats, a scalar."""
+    return expectation(tree, log_policy, [p - q for p, q in zip(log_policy, log_other, strict=True)])

@@ -1,0 +1,8 @@
+"""GRPO over texts, and with `--variant` PPO with a KL penalty, Dr. GRPO, RLOO or REINFORCE.
+
+The kernel is :mod:`jrl.language.policy_gradient`; here it has the name that the command knows it by.
+"""
+
+from jrl.language.policy_gradient import Config, HParams, State, make
+
+__all__ = ["Config", "HParams", "State", "make"]

@@ -1,0 +1,106 @@
+"""Behaviour cloning of texts: what reinforcement learning starts from where guessing finds no reward."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jrl.language.models import Model
+from jrl.optim import adam
+from jrl.types import Array, Key, Params
+
+
+class Texts(NamedTuple):
+    """``M`` whole texts: ``tokens`` int32 ``[M, L]``, −1 behind their ends; ``prompt_length`` int32 ``[M]``."""
+
+    tokens: Array
+    prompt_length: Array
+
+
+def log_likelihood(model: Model, params: Params, texts: Texts) -> tuple[Array, Array]:
+    """Return ``log π(a_t | s_t)`` of each generated token, float32 ``[M, T]``, and which there are, bool ``[M, T]``."""
+    logits = model.text(params, texts.tokens, texts.prompt_length).logits[:, :-1]
+    action, said = actions(texts, logits.shape[1])
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), action[..., None], axis=-1)[..., 0]
+    return jnp.where(said, chosen, 0.0), said
+
+
+def actions(texts: Texts, steps: int) -> tuple[Array, Array]:
+    """Return the generated tokens, int32 ``[M, T]`` (0 behind the end), and which there are, bool ``[M, T]``."""
+    place = texts.prompt_length[:, None] + jnp.arange(steps)
+    inside = place < texts.tokens.shape[1]
+    action = jnp.take_along_axis(texts.tokens, jnp.where(inside, place, 0), axis=1)
+    said = inside & (action >= 0)
+    return jnp.where(said, action, 0), said
+
+
+def fit(
+    key: Key,
+    model: Model,
+    texts: Texts,
+    *,
+    num_steps: int,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    params: Params | None = None,
+) -> tuple[Params, Array]:
+    """Maximise ``mean_t log π(a_t | s_t)`` over what follows the prompts.
+
+    Args:
+        key: consumed.
+        model: of the next token.
+        texts: what is imitated, drawn with replacement.
+        num_steps: gradient steps, static.
+        batch_size: texts a step, static.
+        learning_rate: of Adam, going linearly to 0.
+        params: to start from; None starts anew.
+
+    Returns:
+        The parameters, and the loss in nats a token at every step ``[num_steps]``.
+
+    Raises:
+        ValueError: no text, or one without a generated token.
+    """
+    lengths = (np.asarray(texts.tokens) >= 0).sum(1) - np.asarray(texts.prompt_length)
+    if not lengths.size or lengths.min() < 1:
+        raise ValueError(
+            f"imitation.fit: {lengths.size} texts, some with nothing behind the prompt: nothing to imitate."
+        )
+    init_key, draw_key = jax.random.split(key)
+    params = model.init(init_key) if params is None else params
+    texts = Texts(jnp.asarray(texts.tokens), jnp.asarray(texts.prompt_length))
+    return _fit(draw_key, model, params, texts, num_steps, batch_size, jnp.float32(learning_rate))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4, 5))
+def _fit(
+    key: Key,
+    model: Model,
+    params: Params,
+    texts: Texts,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: Array,
+) -> tuple[Params, Array]:
+    def loss(params: Params, batch: Texts) -> Array:
+        log_prob, said = log_likelihood(model, params, batch)
+        return -log_prob.sum() / said.sum()
+
+    def step(carry: tuple, x: tuple[Key, Array]) -> tuple[tuple, Array]:
+        params, opt_state = carry
+        draw_key, i = x
+        index = jax.random.randint(draw_key, (batch_size,), 0, len(texts.tokens))
+        batch = jax.tree.map(lambda leaf: leaf[index], texts)
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        rate = learning_rate * (1.0 - i / num_steps)
+        updates, opt_state = adam(rate, max_grad_norm=1.0).update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    start = (params, adam(0.0, max_grad_norm=1.0).init(params))
+    (params, _), losses = jax.lax.scan(step, start, (jax.random.split(key, num_steps), jnp.arange(num_steps)))
+    return params, losses

@@ -1,0 +1,237 @@
+"""Rewards of generated text: functions of a :class:`Text`, computed where it is generated.
+
+A *score* is ``Text -> float32 []``; batch with ``vmap``. A :class:`Scorer` rates a whole batch and keeps what evolves:
+weighted sums whose parts are normalised as training goes on, and constraints with multipliers of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.language import grammar as grammars
+from jrl.language import metrics, ngrams
+from jrl.types import Array, Metrics, PyTree
+
+
+class Text(NamedTuple):
+    """A prompt and what has been generated after it.
+
+    Attributes:
+        tokens: int32 ``[L]``, −1 behind the end.
+        prompt_length: int32 ``[]``, tokens of the prompt.
+        length: int32 ``[]``, tokens in all, the one that ends the text included.
+        finished: bool ``[]``, whether it was ended by its own choice (the last token is the end), not by the limit.
+        reference: what the task knows about the answer, a pytree; () where nothing.
+    """
+
+    tokens: Array
+    prompt_length: Array
+    length: Array
+    finished: Array
+    reference: PyTree = ()
+
+
+class References(NamedTuple):
+    """``tokens``: int32 ``[R, M]``; ``length``: int32 ``[R]``, below 0 for a reference that is not there."""
+
+    tokens: Array
+    length: Array
+
+
+Score = Callable[[Text], Array]
+
+
+def completion(text: Text) -> tuple[Array, Array]:
+    """Return what was generated, from its first token on and without the end: int32 ``[L]`` and its length ``[]``."""
+    tokens = jnp.roll(text.tokens, -text.prompt_length)
+    return tokens, text.length - text.prompt_length - text.finished
+
+
+# ------------------------------------------------------------------------------------------ against references
+
+
+def bleu(smoothing: str = "exp", order: int = 4) -> Score:
+    """Sentence BLEU of the completion, 0 to 1: :func:`jrl.language.metrics.bleu` with effective order."""
+
+    def score(text: Text) -> Array:
+        statistics = metrics.bleu_statistics(*completion(text), *text.reference, order=order)
+        return metrics.bleu(statistics, smoothing=smoothing) / 100.0
+
+    return score
+
+
+def rouge_l(text: Text) -> Array:
+    """ROUGE-L's F of the completion, 0 to 1: the best over the references."""
+    return _against_each(text, lambda *pair: metrics.rouge_l(*pair).f).max()
+
+
+def exact_match(text: Text) -> Array:
+    """1 where the text is finished and its completion one of the references, else 0."""
+    return _against_each(text, metrics.exact_match).max() * text.finished
+
+
+def edit_similarity(text: Text) -> Array:
+    """``max(0, 1 − edit distance / reference's length)`` of the completion, the best over the references."""
+    return jnp.maximum(0.0, 1.0 - _against_each(text, metrics.word_error_rate)).max()
+
+
+def _against_each(text: Text, metric: Callable[..., Array]) -> Array:
+    """Return ``metric`` against every reference ``[R]``; −inf for those that are not there."""
+    tokens, length = completion(text)
+    reference: References = text.reference
+    value = jax.vmap(metric, (None, None, 0, 0))(
+        tokens, length, reference.tokens, jnp.maximum(reference.length, 0)
+    )
+    return jnp.where(reference.length >= 0, value, -jnp.inf)
+
+
+# ------------------------------------------------------------------------------------------ without references
+
+
+def lexicon(weights: Array) -> Score:
+    """Mean weight of the completion's tokens, ``Σ_t w(x_t) / n``; ``weights``: float32 ``[V]``. 0 for an empty one."""
+
+    def score(text: Text) -> Array:
+        tokens, length = completion(text)
+        inside = jnp.arange(tokens.shape[0]) < length
+        return jnp.where(inside, weights[jnp.where(inside, tokens, 0)], 0.0).sum() / jnp.maximum(length, 1)
+
+    return score
+
+
+def distinct(n: int) -> Score:
+    """Share of the completion's n-grams that are the first of their kind: 1 without repetition."""
+    return lambda text: metrics.distinct_n(*completion(text), n)
+
+
+def in_grammar(grammar: grammars.Automaton) -> Score:
+    """1 where the completion belongs to the grammar, else 0."""
+    return lambda text: grammars.accepts(grammar, *completion(text)).astype(jnp.float32)
+
+
+def fluency(model: ngrams.NgramModel) -> Score:
+    """Mean log-probability of the completion's tokens under an n-gram model, with the prompt as context, nats."""
+    return lambda text: _mean_over_completion(text, ngrams.log_probs(model, jnp.maximum(text.tokens, 0)))
+
+
+def likelihood(log_probs: Callable[[Array], Array]) -> Score:
+    """Mean log-probability of the completion's tokens under a frozen model; minus its logarithm of perplexity.
+
+    Args:
+        log_probs: ``tokens int32 [L] -> float32 [L]``, of each token given those before it; causal, so that the
+            padding behind the end (token 0) plays no part. What it is for the first token is not read.
+    """
+    return lambda text: _mean_over_completion(text, log_probs(jnp.maximum(text.tokens, 0)))
+
+
+def _mean_over_completion(text: Text, values: Array) -> Array:
+    place = jnp.arange(text.tokens.shape[0])
+    inside = (place >= jnp.maximum(text.prompt_length, 1)) & (place < text.length - text.finished)
+    return jnp.where(inside, values, 0.0).sum() / jnp.maximum(inside.sum(), 1)
+
+
+# ------------------------------------------------------------------------------------------------- whole batches
+
+
+class Scorer(NamedTuple):
+    """Rates texts with a state of its own.
+
+    Attributes:
+        init: ``() -> state``.
+        apply: ``(state, Text with leaves [B, ...]) -> (state, score [B], Metrics)``.
+    """
+
+    init: Callable[[], PyTree]
+    apply: Callable[[PyTree, Text], tuple[PyTree, Array, Metrics]]
+
+
+class Normalization(NamedTuple):
+    """Moments of each part of a weighted sum, ``[K]``; ``num_texts`` float32 ``[]``, those seen."""
+
+    num_texts: Array
+    mean: Array
+    second: Array
+
+
+def weighted_sum(
+    scores: Mapping[str, Score], weights: Mapping[str, float], *, normalize: bool = False
+) -> Scorer:
+    """``Σ_k w_k s_k``; with ``normalize`` each score is first shifted and scaled by the moments of those seen so far.
+
+    Args:
+        scores: by name.
+        weights: by the same names.
+        normalize: ``(s_k − mean_k) / (std_k + 1e-4)`` over all texts so far, the batch included: weights then mean
+            the same whatever a score's unit.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    _same_names("weights", scores, weights)
+    factors = jnp.array([weights[name] for name in scores], jnp.float32)
+
+    def init() -> Normalization:
+        return Normalization(jnp.float32(0), jnp.zeros(len(scores)), jnp.zeros(len(scores)))
+
+    def apply(state: Normalization, texts: Text) -> tuple[Normalization, Array, Metrics]:
+        values = _values(scores, texts)
+        report = {f"score/{name}": value.mean() for name, value in zip(scores, values, strict=True)}
+        if not normalize:
+            return state, factors @ values, report
+        share = values.shape[1] / (state.num_texts + values.shape[1])
+        mean = state.mean + share * (values.mean(1) - state.mean)
+        second = state.second + share * ((values**2).mean(1) - state.second)
+        std = jnp.sqrt(jnp.maximum(second - mean**2, 0.0))
+        state = Normalization(state.num_texts + values.shape[1], mean, second)
+        return state, factors @ ((values - mean[:, None]) / (std[:, None] + 1e-4)), report
+
+    return Scorer(init, apply)
+
+
+def constrained(
+    objective: Score,
+    constraints: Mapping[str, tuple[Score, float]],
+    *,
+    step_size: float = 0.05,
+    most: float = 100.0,
+) -> Scorer:
+    """Maximise a score under ``mean c_k ≥ bound_k``, each with a multiplier λ_k ≥ 0 that follows its violation.
+
+    ``s + Σ_k λ_k (c_k − bound_k)``, then ``λ_k ← clip(λ_k + η (bound_k − mean c_k), 0, most)``.
+
+    Source: Tessler et al. 2019, "Reward Constrained Policy Optimization", https://arxiv.org/abs/1805.11074.
+
+    Args:
+        objective: what is maximised.
+        constraints: name -> (score, bound).
+        step_size: η, of the multipliers.
+        most: bound of the multipliers; of a constraint that cannot be met they would grow for ever.
+    """
+    bounds = jnp.array([bound for _, bound in constraints.values()], jnp.float32)
+    parts = {name: score for name, (score, _) in constraints.items()}
+
+    def apply(multipliers: Array, texts: Text) -> tuple[Array, Array, Metrics]:
+        values, goal = _values(parts, texts), jax.vmap(objective)(texts)
+        score = goal + multipliers @ (values - bounds[:, None])
+        report = {"score/objective": goal.mean()}
+        for k, name in enumerate(parts):
+            report |= {f"score/{name}": values[k].mean(), f"multiplier/{name}": multipliers[k]}
+        multipliers = jnp.clip(multipliers + step_size * (bounds - values.mean(1)), 0.0, most)
+        return multipliers, score, report
+
+    return Scorer(lambda: jnp.zeros(len(parts)), apply)
+
+
+def _values(scores: Mapping[str, Score], texts: Text) -> Array:
+    return jnp.stack([jax.vmap(score)(texts).astype(jnp.float32) for score in scores.values()])
+
+
+def _same_names(what: str, expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if set(expected) != set(given):
+        raise ValueError(
+            f"{what} has the names {sorted(given)}, the scores are {sorted(expected)}: they must be the same."
+        )
