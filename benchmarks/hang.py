@@ -15,15 +15,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from jrl import xla
+from jrl.trial import hangs
 
 RESULTS = Path(__file__).parent / "results"
-IDLE_SECONDS = 5.0
 
 PROGRAM = """
 import jax, jrl
@@ -51,33 +49,6 @@ def environment(setting: str) -> dict[str, str]:
     elif setting == "configured":
         xla.configure(environ)
     return environ
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def hangs(program: str, environ: dict[str, str], limit: float) -> bool:
-    """Run ``program`` in a fresh process; return whether it stopped computing before its end.
-
-    Raises:
-        RuntimeError: the program failed.
-    """
-    process = subprocess.Popen([sys.executable, "-c", program], env=environ)
-    while True:
-        try:
-            if process.wait(limit):
-                raise RuntimeError(f"the program failed with exit code {process.returncode}")
-            return False
-        except subprocess.TimeoutExpired:
-            before = cpu_seconds(process.pid)
-            time.sleep(IDLE_SECONDS)
-            if cpu_seconds(process.pid) - before < 0.1:
-                process.kill()
-                process.wait()
-                return True
 
 
 def main() -> None:

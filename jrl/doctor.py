@@ -6,11 +6,12 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jrl import __version__, configuration, xla
+from jrl import __version__, configuration, trial, xla
 
 
 def versions() -> dict[str, str]:
@@ -73,6 +74,26 @@ def report(environ: Mapping[str, str] = os.environ) -> tuple[dict[str, str], lis
     return facts, warnings
 
 
+def try_vmapped(environ: Mapping[str, str] = os.environ, limit: float = 20.0) -> tuple[str, str | None]:
+    """Run a batch of QR factorisations in a fresh process, which is what hangs where XLA's pool is too small.
+
+    Args:
+        environ: the environment variables that it runs in.
+        limit: seconds after which it is looked at, see :func:`jrl.trial.hangs`.
+
+    Returns:
+        What came of it, and a warning if it hung.
+    """
+    if not sys.platform.startswith("linux"):
+        return "not tried: it is watched through /proc, which is Linux's", None
+    if not trial.hangs(trial.BATCHED_QR, {**environ, "JAX_PLATFORMS": "cpu"}, limit):
+        return "a batch of QR factorisations ran", None
+    return "hung", (
+        "a vmapped program hung: XLA's CPU pool is too small for it. Set NPROC=4 (8 for two CPU devices) in the "
+        "environment before jax is imported, or call jrl.xla.configure() there."
+    )
+
+
 def cpu_fallback(backend: str, environ: Mapping[str, str], root: Path = Path("/")) -> str | None:
     """Return a warning if jax computes on the CPU of a machine that has an NVIDIA GPU.
 
@@ -100,6 +121,8 @@ def print_report() -> None:
 
     console = Console()
     facts, warnings = report()
+    facts["vmapped on a CPU"], warning = try_vmapped()
+    warnings += [warning] if warning else []
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in facts.items():
         table.add_row(name, value)

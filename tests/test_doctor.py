@@ -1,8 +1,11 @@
 """What ``jrl doctor`` finds."""
 
+import os
+import sys
+
 import pytest
 
-from jrl import doctor, xla
+from jrl import doctor, trial, xla
 
 
 def test_the_report_has_versions_devices_and_settings(capsys):
@@ -71,3 +74,26 @@ def test_tables_of_environments_and_algorithms(monkeypatch, capsys):
 ])  # fmt: skip
 def test_the_precision_in_words(name, backend, words):
     assert doctor._precision(name, backend) == words
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_program_that_waits_for_ever_is_told_from_one_that_computes(monkeypatch):
+    monkeypatch.setattr(trial, "IDLE_SECONDS", 1.0)
+    computes = "import time\nend = time.process_time() + 2.0\nwhile time.process_time() < end: pass"
+    assert not trial.hangs(computes, os.environ, 0.5)
+    assert trial.hangs("import time\ntime.sleep(600)", os.environ, 3.0)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        trial.hangs("raise SystemExit(3)", os.environ, 60.0)
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_the_trial_of_a_vmapped_program_is_reported(monkeypatch, capsys, hung):
+    monkeypatch.setattr(trial, "hangs", lambda program, environ, limit: hung)
+    doctor.print_report()
+    shown = capsys.readouterr().out
+    assert ("a batch of QR factorisations ran" in shown) is not hung
+    assert ("a vmapped program hung" in shown) is hung
+
+
+def test_the_suites_own_settings_pass_the_trial():
+    assert doctor.try_vmapped(limit=120.0) == ("a batch of QR factorisations ran", None)

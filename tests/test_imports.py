@@ -52,6 +52,7 @@ RINGS = {
     "jrl.cli": 3,
     "jrl.configuration": 3,
     "jrl.doctor": 3,
+    "jrl.trial": 3,
     "jrl.driver": 3,
     "jrl.export": 3,
     "jrl.flags": 3,
