@@ -101,6 +101,13 @@ def pretrain(args: Sequence[str], free_folder: Any) -> int:
     run, model, config, numbers = flags.parse_groups("jrl pretrain", pretraining.__doc__ or "", groups, args)
     options = Options(**run)
     start = load(options.model) if options.model else None
+    defaults = {field.name: field.default for field in dataclasses.fields(transformer.Config)}
+    for name, value in {"tokenizer": options.tokenizer, **model}.items():
+        if start and value != {"tokenizer": Options.tokenizer, **defaults}[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: the architecture and the tokenizer are those of --model "
+                f"{options.model}; leave it out."
+            )
     text = data.read(options.corpus)
     tokenizer = start.tokenizer if start else _tokenizer(options.tokenizer, text)
     if start is None:
@@ -250,7 +257,10 @@ def say(
     count = int(texts.length.sum())
     used = count * transformer.flops_per_token(model.config, len(read) + new) / seconds / calibrate.peak()
     said = [
-        model.tokenizer.decode(row[:length].tolist())
+        # A model may have more tokens than its tokenizer names: padding, of which a trained one says none.
+        model.tokenizer.decode(
+            [token for token in row[:length].tolist() if token < model.tokenizer.vocab_size]
+        )
         for row, length in zip(np.asarray(texts.tokens), texts.length.tolist(), strict=True)
     ]
     return said, f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s, {used:.1%} of peak"

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import jrl
 from jrl import cli, plots, records
 from jrl.language import runs, weights
 
@@ -130,8 +131,10 @@ def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, ca
     (tmp_path / "llama" / "jrl_tokenizer.json").write_bytes(
         (folder / "lm" / "jrl_tokenizer.json").read_bytes()
     )
-    assert pretrain(folder, tmp_path / "tuned", 1, "--model", str(tmp_path / "llama"), "--learning-rate", "0",
-                    "--learning-rate-end", "0") == 0  # fmt: skip
+    code = cli.main(["pretrain", "--corpus", str(folder / "corpus.txt"), "--out", str(tmp_path / "tuned"), "--tokens",
+                     "64", "--model", str(tmp_path / "llama"), "--learning-rate", "0", "--learning-rate-end", "0",
+                     *TINY[-6:]])  # fmt: skip
+    assert code == 0
     jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
     stories = bundle.path("stories260K/stories260K.bin")
     capsys.readouterr()
@@ -165,6 +168,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", "--max-length", "64")
     assert "a corpus of 54 tokens is shorter than a window of sequence_length=64" in error
     assert not (tmp_path / "y").exists()
+    error = fails(capsys, "pretrain", "--model", lm, "--num-layers", "2", "--out", tmp_path / "y")
+    assert "--num-layers 2: the architecture and the tokenizer are those of --model" in error
+    with pytest.raises(records.RunError, match="this is a run of a language model"):
+        jrl.resume(lm)
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", lm)
     assert "already holds a run" in error
 
