@@ -94,6 +94,23 @@ def test_slots_that_are_reused_say_the_same(sampled):
     np.testing.assert_allclose(few.value, sampled.value, atol=1e-5)
 
 
+def test_members_of_a_batch_are_the_same_texts_alone(sampled):
+    params, _ = model()
+    settings = Settings(max_new_tokens=10, end_token=END, num_samples=3)
+    keys = jnp.stack([jax.random.key(8), jax.random.key(7)])
+    both = jax.jit(
+        jax.vmap(
+            lambda key, sampling: generation.generate(
+                key, params, CONFIG, PROMPTS, LENGTHS, settings, sampling
+            ),
+            in_axes=(0, None),
+        )
+    )(keys, SHAPED)
+    np.testing.assert_array_equal(both.tokens[1], sampled.tokens)
+    np.testing.assert_allclose(both.log_prob[1], sampled.log_prob, atol=1e-5)
+    assert (both.tokens[0] != both.tokens[1]).any()
+
+
 def test_greedy_takes_the_most_probable_token_of_whole_texts():
     params, forward = model()
     texts = generator(Settings(max_new_tokens=5, greedy=True))(jax.random.key(0), Sampling())
