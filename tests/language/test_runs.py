@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import bundle
 import jax
@@ -135,6 +136,10 @@ def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, ca
                      "64", "--model", str(tmp_path / "llama"), "--learning-rate", "0", "--learning-rate-end", "0",
                      *TINY[-6:]])  # fmt: skip
     assert code == 0
+    jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
+    # A run killed before its first checkpoint begins where it began, not anywhere.
+    shutil.rmtree(tmp_path / "tuned" / "checkpoints")
+    assert cli.main(["resume", str(tmp_path / "tuned")]) == 0
     jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
     stories = bundle.path("stories260K/stories260K.bin")
     capsys.readouterr()
