@@ -101,17 +101,21 @@ def pretrain(args: Sequence[str], free_folder: Any) -> int:
     run, model, config, numbers = flags.parse_groups("jrl pretrain", pretraining.__doc__ or "", groups, args)
     options = Options(**run)
     start = load(options.model) if options.model else None
+    defaults = {field.name: field.default for field in dataclasses.fields(transformer.Config)}
+    for name, value in {"tokenizer": options.tokenizer, **model}.items():
+        if start and value != {"tokenizer": Options.tokenizer, **defaults}[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: the architecture and the tokenizer are those of --model "
+                f"{options.model}; leave it out."
+            )
     text = data.read(options.corpus)
     tokenizer = start.tokenizer if start else _tokenizer(options.tokenizer, text)
-    if start is None:
-        architecture_of = transformer.Config(vocab_size=tokenizer.vocab_size, **model)
-    else:
-        architecture_of = start.config
+    made = start.config if start else transformer.Config(vocab_size=tokenizer.vocab_size, **model)
     result = train(
         "pretrain",
         text=text,
         tokenizer=tokenizer,
-        model=architecture_of,
+        model=made,
         config=pretraining.Config(**config),
         hparams=pretraining.HParams(**_annealed(numbers, options.tokens)),
         options=dataclasses.replace(options, out=options.out or free_folder("lm")),
@@ -146,7 +150,9 @@ def distill(args: Sequence[str], free_folder: Any) -> int:
         model=_student(teacher.config, options.student_config),
         config=distillation.Config(**config),
         hparams=distillation.HParams(**_annealed(numbers, options.tokens)),
-        options=dataclasses.replace(options, out=options.out or free_folder("distilled"), corpus=corpus),
+        options=dataclasses.replace(
+            options, out=options.out or free_folder("distilled"), corpus=corpus, model=Path(args[0])
+        ),
         start=teacher,
     )
     return 130 if result.interrupted else 0
@@ -250,7 +256,10 @@ def say(
     count = int(texts.length.sum())
     used = count * transformer.flops_per_token(model.config, len(read) + new) / seconds / calibrate.peak()
     said = [
-        model.tokenizer.decode(row[:length].tolist())
+        # A model may have more tokens than its tokenizer names: padding, of which a trained one says none.
+        model.tokenizer.decode(
+            [token for token in row[:length].tolist() if token < model.tokenizer.vocab_size]
+        )
         for row, length in zip(np.asarray(texts.tokens), texts.length.tolist(), strict=True)
     ]
     return said, f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s, {used:.1%} of peak"
@@ -299,7 +308,7 @@ def train(
         model: the architecture to learn.
         config: of :mod:`jrl.language.pretraining` or :mod:`jrl.language.distillation`.
         hparams: likewise.
-        options: the run; ``out`` is its folder.
+        options: the run; ``out`` is its folder, ``model`` where ``start`` was read from.
         start: the model to go on from, or the teacher.
 
     Raises:
@@ -309,6 +318,7 @@ def train(
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
     teacher = None if start is None or kind == "pretrain" else start.config
+    from_path = None if options.model is None else str(options.model)
     record: dict[str, Any] = {
         "kind": kind,
         "algorithm": {"name": kind, "module": KINDS[kind].__name__},
@@ -316,6 +326,7 @@ def train(
         "corpus": {"name": str(options.corpus), "sha256": _sha256(text), "validation": options.validation},
         "tokenizer": type(tokenizer).__name__,
         "model": dataclasses.asdict(model),
+        "start": from_path,
         "teacher": None if teacher is None else dataclasses.asdict(teacher),
         "config": dataclasses.asdict(config),
         "hparams": {name: float(value) for name, value in vars(hparams).items()},
@@ -345,7 +356,9 @@ def resume(folder: Path, tokens: int | None = None, progress: str | None = None)
                 f"corpus {record['corpus']['name']} has changed since the run in {folder} was started: it cannot go "
                 "on as it would have. Put the old text back, or start a new run with --model."
             )
-        return _build(record, text, tokenizers.read(folder), None)
+        # Killed before its first checkpoint, it begins again from where it began.
+        again = record.get("start") is not None and not checkpoint.steps(folder / records.CHECKPOINTS)
+        return _build(record, text, tokenizers.read(folder), load(record["start"]).params if again else None)
 
     return driver.resume_run(folder, tokens, build, progress=progress)
 

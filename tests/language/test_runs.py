@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 
 import bundle
 import jax
 import numpy as np
 import pytest
 
+import jrl
 from jrl import cli, plots, records
 from jrl.language import runs, weights
 
@@ -130,8 +132,14 @@ def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, ca
     (tmp_path / "llama" / "jrl_tokenizer.json").write_bytes(
         (folder / "lm" / "jrl_tokenizer.json").read_bytes()
     )
-    assert pretrain(folder, tmp_path / "tuned", 1, "--model", str(tmp_path / "llama"), "--learning-rate", "0",
-                    "--learning-rate-end", "0") == 0  # fmt: skip
+    code = cli.main(["pretrain", "--corpus", str(folder / "corpus.txt"), "--out", str(tmp_path / "tuned"), "--tokens",
+                     "64", "--model", str(tmp_path / "llama"), "--learning-rate", "0", "--learning-rate-end", "0",
+                     *TINY[-6:]])  # fmt: skip
+    assert code == 0
+    jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
+    # A run killed before its first checkpoint begins where it began, not anywhere.
+    shutil.rmtree(tmp_path / "tuned" / "checkpoints")
+    assert cli.main(["resume", str(tmp_path / "tuned")]) == 0
     jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
     stories = bundle.path("stories260K/stories260K.bin")
     capsys.readouterr()
@@ -165,13 +173,16 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", "--max-length", "64")
     assert "a corpus of 54 tokens is shorter than a window of sequence_length=64" in error
     assert not (tmp_path / "y").exists()
+    error = fails(capsys, "pretrain", "--model", lm, "--num-layers", "2", "--out", tmp_path / "y")
+    assert "--num-layers 2: the architecture and the tokenizer are those of --model" in error
+    with pytest.raises(records.RunError, match="this is a run of a language model"):
+        jrl.resume(lm)
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", lm)
     assert "already holds a run" in error
 
 
-def test_a_corpus_that_has_changed_is_noticed(folder, tmp_path, capsys):
-    (tmp_path / "corpus.txt").write_text(TEXT)
-    assert pretrain(tmp_path, "lm", 1) == 0
-    (tmp_path / "corpus.txt").write_text(TEXT + "!")
-    error = fails(capsys, "resume", tmp_path / "lm", "--env-steps", 2 * STEP)
+def test_a_corpus_that_has_changed_is_noticed(folder, capsys):
+    (folder / "corpus.txt").write_text(TEXT + "!")
+    error = fails(capsys, "resume", folder / "lm", "--env-steps", 5 * STEP)
+    (folder / "corpus.txt").write_text(TEXT)
     assert "has changed since the run" in error
