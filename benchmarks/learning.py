@@ -54,6 +54,27 @@ ROWS = {
     "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
     "pqn-cartpole": Row("pqn", "CartPole-v1", 500_000, 495.0),
     "dqn-acrobot": Row("dqn", "Acrobot-v1", 500_000, -82.0),
+    "dqn-mountaincar": Row(
+        "dqn",
+        "MountainCar-v0",
+        200_000,
+        -110.0,
+        {
+            "num_envs": 8,
+            "unroll_length": 2,
+            "num_updates": 4,
+            "batch_size": 64,
+            "hidden_sizes": (64, 64),
+            "persistent": True,
+        },
+        {
+            "learning_rate": 1e-3,
+            "anneal_env_steps": 2e5,
+            "target_period": 600.0,
+            "epsilon_env_steps": 3e4,
+            "epsilon_end": 0.02,
+        },
+    ),
     "dqn-catch": Row(
         "dqn",
         "Catch-bsuite",
