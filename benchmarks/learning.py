@@ -121,6 +121,23 @@ ROWS = {
         },
         {"gamma": 0.999, "entropy_coef": 0.0},
     ),
+    "ppo-acrobot": Row(
+        "ppo",
+        "Acrobot-v1",
+        500_000,
+        -78.0,
+        {"normalize_observations": True},
+        {"anneal_env_steps": 5e5, "entropy_coef": 0.0},
+    ),
+    "ppo-catch": Row("ppo", "Catch-bsuite", 500_000, 1.0),
+    "ppo-gru-memorychain": Row(
+        "ppo", "MemoryChain-bsuite", 200_000, 1.0, {"memory": "gru"}, {"anneal_env_steps": 2e5}
+    ),
+    "ppo-memorychain": Row("ppo", "MemoryChain-bsuite", 200_000, 1.0, {}, {"anneal_env_steps": 2e5}),
+    "sac-pendulum": Row("sac", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
+    "td3-pendulum": Row("td3", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
+    "a2c-cartpole": Row("a2c", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
+    "reinforce-cartpole": Row("reinforce", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
     "ppo-breakout-minatar": Row(
         "ppo",
         "Breakout-MinAtar",
@@ -215,10 +232,11 @@ def table() -> str:
         if not path.exists():
             continue
         record = json.loads(path.read_text())
+        memory = f" with {record['config']['memory'].upper()}" if "memory" in record["config"] else ""
         low, high = record["iqm_interval_95"]
         interval = f" [{low:.1f}, {high:.1f}]" if record["seeds"] > 2 else ""
         lines.append(
-            f"| {record['algorithm'].upper()} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
+            f"| {record['algorithm'].upper()}{memory} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
             f"| {record['iqm']:.1f}{interval} | {record['worst']:.1f} | {record['goal']:g} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Throughput of jrl alone: whole trainings, compile time, and DQN's time per step over the kind of replay.
+"""Throughput of jrl alone: whole trainings, compile time, time per step over the kind of replay or memory.
 
     python benchmarks/throughput.py ppo --num-envs 64 --unroll-length 128 --core 0
     python benchmarks/throughput.py dqn --num-envs 10 --core 0
@@ -7,6 +7,7 @@
     python benchmarks/throughput.py dqn-capacity --core 0
     python benchmarks/throughput.py dqn-prioritized --capacity 1000000 --fill --core 0
     python benchmarks/throughput.py dqn-rainbow --core 0
+    python benchmarks/throughput.py ppo-memory --memory gru --steps 10 --core 0
 
 A repeat is a whole training from a fresh key, initialisation and (DQN) warm-up included, compiled beforehand
 and timed until its results are ready. Each command appends one JSON line to ``benchmarks/results/``, raw
@@ -79,7 +80,7 @@ DEFAULTS = {
 def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
     """Return ``(env, algo, hparams, num_steps)`` of jrl for ``work``; the peers' own settings, nothing tuned.
 
-    ``choices`` are further fields of DQN's config.
+    ``choices`` are further fields of the algorithm's config.
     """
     import jax
     import numpy as np
@@ -94,6 +95,7 @@ def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
             unroll_length=work.unroll_length,
             num_epochs=work.num_epochs,
             num_minibatches=work.num_minibatches,
+            **choices,
         )
         hparams = jrl.ppo.HParams(learning_rate=work.learning_rate, anneal_env_steps=work.env_steps)
         algo, warmup = jrl.ppo.make(env, config), 0
@@ -255,6 +257,12 @@ def measure_rainbow(work: Work, steps: int, repeats: int, fill: bool) -> dict[st
     }
 
 
+def measure_memory(work: Work, memory: str, steps: int, repeats: int) -> dict[str, Any]:
+    """Time the steps of PPO without and with a memory in turn; see :func:`measure_steps`."""
+    sides = [(work, {}), (work, {"memory": memory})]
+    return {**header("ppo-memory", work), "memory": memory, **measure_steps(sides, steps, repeats)}
+
+
 def with_capacity(work: Work, capacity: int, fill: bool) -> Work:
     """Return ``work`` with a replay of ``capacity``, full after the warm-up if ``fill``, and one step to take."""
     warmup = capacity if fill else work.warmup_env_steps
@@ -263,7 +271,7 @@ def with_capacity(work: Work, capacity: int, fill: bool) -> Work:
 
 
 def measure_steps(sides: Sequence[tuple[Work, dict[str, Any]]], steps: int, repeats: int) -> dict[str, Any]:
-    """Time the steps of two DQNs in turn; the ratio is that of each pair, the second's to the first's.
+    """Time the steps of two algorithms in turn; the ratio is that of each pair, the second's to the first's.
 
     A side is its work and what it changes of the config. The state is donated from call to call, as the driver
     does, so that the replay is updated in place.
@@ -298,7 +306,9 @@ def measure_steps(sides: Sequence[tuple[Work, dict[str, Any]]], steps: int, repe
         "microseconds_per_step": [spread(column) for column in zip(*pairs, strict=True)],
         "ratio": spread([second / first for first, second in pairs]),
         "cpu_ratio": spread([second / first for first, second in cpu_pairs]),
-        "replay_bytes": [sum(leaf.nbytes for leaf in jax.tree.leaves(state.replay)) for state in states],
+        "replay_bytes": [
+            sum(leaf.nbytes for leaf in jax.tree.leaves(getattr(state, "replay", ()))) for state in states
+        ],
         "temporary_bytes": [one.memory_analysis().temp_size_in_bytes for one in compiled],
         "machine": machine(),
         "pairs": pairs,
@@ -332,7 +342,7 @@ def measure_compile(work: Work, repeats: int) -> dict[str, Any]:
     return {**header("compile", work), **summary, "repeats": rows}
 
 
-STEPS = ("dqn-capacity", "dqn-prioritized", "dqn-rainbow")
+STEPS = ("dqn-capacity", "dqn-prioritized", "dqn-rainbow", "ppo-memory")
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:
@@ -367,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--capacities", type=int, nargs=2, default=[10_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-…: steps of a repeat")
+    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-…, ppo-memory: steps of a repeat")
+    parser.add_argument("--memory", default="gru", help="for ppo-memory: gru or transformer")
     parser.add_argument("--fill", action="store_true", help="for dqn-…: begin with full replays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--compile-once", help=argparse.SUPPRESS)
@@ -376,18 +387,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compile_once(Work(**json.loads(arguments.compile_once)))))
         return
     if arguments.what is None:
-        parser.error(
-            "say what to measure: ppo, dqn, pqn, compile, dqn-capacity, dqn-prioritized or dqn-rainbow"
-        )
+        parser.error(f"say what to measure: {', '.join((*DEFAULTS, 'compile', *STEPS))}")
     pin(arguments.core)
     from jrl import xla
 
     xla.configure()
     if arguments.what in STEPS:
-        work, name = work_from(arguments, "dqn"), arguments.what
+        name = arguments.what
+        work = work_from(arguments, name.partition("-")[0])
         how = arguments.steps, arguments.repeats, arguments.fill
         if name == "dqn-capacity":
             record = measure_capacity(work, arguments.capacities, *how)
+        elif name == "ppo-memory":
+            record = measure_memory(work, arguments.memory, arguments.steps, arguments.repeats)
         else:
             record = {"dqn-prioritized": measure_prioritized, "dqn-rainbow": measure_rainbow}[name](
                 work, *how

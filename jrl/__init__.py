@@ -27,6 +27,10 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     # ring 2
     "ppo": ("jrl.algos.ppo", None),
     "dqn": ("jrl.algos.dqn", None),
+    "a2c": ("jrl.algos.a2c", None),
+    "reinforce": ("jrl.algos.reinforce", None),
+    "sac": ("jrl.algos.sac", None),
+    "td3": ("jrl.algos.td3", None),
     "rainbow": ("jrl.algos.rainbow", None),
     "pqn": ("jrl.algos.pqn", None),
     "r2d2": ("jrl.algos.r2d2", None),
@@ -91,7 +95,20 @@ if TYPE_CHECKING:
         testing,
         types,
     )
-    from jrl.algos import dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, tabular
+    from jrl.algos import (
+        a2c,
+        dqn,
+        linear,
+        monte_carlo,
+        ppo,
+        pqn,
+        r2d2,
+        rainbow,
+        reinforce,
+        sac,
+        tabular,
+        td3,
+    )
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.training import EpisodeStats, evaluate, train

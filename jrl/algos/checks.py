@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.types import Array, Discrete, Environment, FiniteObservation, Network, Shards
+from jrl.types import Array, Box, Discrete, Environment, FiniteObservation, Network, Shards
 
 
 def environment(env: Any) -> None:
@@ -61,6 +61,28 @@ def sizes(config: Any, *names: str) -> None:
             raise TypeError(f"{name}={value!r}: must be an integer.")
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1.")
+
+
+def actions(env: Environment, algorithm: str, *kinds: type) -> None:
+    """Raise unless the actions of ``env`` are of one of ``kinds``, a Box with finite bounds.
+
+    Raises:
+        TypeError: another kind of action.
+        ValueError: a Box that is not a bounded vector.
+    """
+    action = env.action
+    if not isinstance(action, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(
+            f"{algorithm} on {env.name} with actions {action!r}: it needs {names} actions; use jrl.ppo."
+        )
+    if isinstance(action, Box) and not (
+        len(action.shape) == 1 and np.isfinite(action.low).all() and np.isfinite(action.high).all()
+    ):
+        raise ValueError(
+            f"{algorithm} on {env.name} with actions {action!r}: the Box must be a "
+            "vector with finite bounds; use jrl.ppo, or give the environment other bounds."
+        )
 
 
 def discrete(env: Environment, algorithm: str) -> Discrete:

@@ -11,9 +11,20 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jrl import replay, rollout
+from jrl import networks, ops, replay, rollout
 from jrl.algos import checks
-from jrl.types import ActionSpace, Array, Discrete, Environment, Key, Params, Policy, PyTree
+from jrl.types import (
+    ActionSpace,
+    Array,
+    Discrete,
+    Environment,
+    Key,
+    MaskedObservation,
+    Network,
+    Params,
+    Policy,
+    PyTree,
+)
 
 
 class ReplayConfig(Protocol):
@@ -125,6 +136,39 @@ def stored_dtype(action: ActionSpace) -> Any:
     if not isinstance(action, Discrete):
         return jax.eval_shape(action.sample, jax.random.key(0)).dtype
     return jnp.uint8 if action.n <= 2**8 else jnp.uint16 if action.n <= 2**16 else jnp.int32
+
+
+def random_policy(env: Environment) -> Policy:
+    """Return the policy that draws uniformly from the actions of ``env`` that are allowed, in ``[B]`` environments."""
+
+    def act(params: Params, key: Key, obs: PyTree, memory: PyTree) -> tuple[Array, PyTree, PyTree]:
+        num_envs = jax.tree.leaves(obs)[0].shape[0]
+        if isinstance(obs, MaskedObservation):
+            logits = ops.masked(jnp.zeros(obs.action_mask.shape), obs.action_mask)
+            return ops.Categorical(logits).sample(key), memory, ()
+        return jax.vmap(env.action.sample)(jax.random.split(key, num_envs)), memory, ()
+
+    return Policy(act)
+
+
+def check_actor_and_critic(
+    actor: Network, critic: Network, env: Environment, algorithm: str, *, num_critics: int, heads: int = 1
+) -> None:
+    """Raise ValueError unless two networks without memory fit the actions of ``env``.
+
+    With Discrete actions ``obs -> logits [A]`` and ``obs -> Q [num_critics, A]``; with a Box ``obs -> heads`` times
+    ``[D]`` and ``(obs, action) -> Q [num_critics, 1]``.
+    """
+    for network in (actor, critic):
+        checks.feed_forward(network, algorithm)
+    obs = env.observation.obs if isinstance(env.observation, MaskedObservation) else env.observation
+    if isinstance(env.action, Discrete):
+        networks.check_output(actor, obs, [(env.action.n,)], "actor")
+        networks.check_output(critic, obs, [(num_critics, env.action.n)], "critic")
+    else:
+        action = jax.eval_shape(env.action.sample, jax.random.key(0))
+        networks.check_output(actor, obs, [action.shape] * heads, "actor")
+        networks.check_output(critic, (obs, action), [(num_critics, 1)], "critic")
 
 
 def copy_periodically(

@@ -22,7 +22,7 @@ import optax
 from flax import struct
 
 from jrl import networks, normalize, ops, rollout
-from jrl.algos import acting, checks
+from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer
 from jrl.types import (
@@ -57,7 +57,7 @@ class Config:
     begins there and halves or doubles to keep the divergence near target_kl."""
     memory: str = "none"
     """'none'; 'gru'; or 'transformer': attention over the last memory_window steps."""
-    memory_size: int = 64
+    memory_size: int = 32
     """Width of the memory."""
     memory_window: int = 16
     """Steps back that each layer of a transformer sees."""
@@ -185,7 +185,7 @@ def make(
     """
     config = checks.config(config, Config)
     num_envs = checks.shard(config, shards)
-    envs, network, distribution = actor = acting.actor(
+    envs, network, distribution = actor = on_policy.actor(
         env,
         num_envs,
         network,
@@ -216,12 +216,13 @@ def make(
         return network.apply(params[0], normalized(params[1], obs), memory)
 
     def act(params: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        (head, _), memory = apply_normalized(params, obs, memory)
-        policy = distribution(head)
+        output, memory = apply_normalized(params, obs, memory)
+        policy = distribution(output[0])
         action = policy.sample(key)
-        return action, memory, (policy.log_prob(action), memory)
+        # Without a memory the batch as a whole is faster than its steps one by one.
+        return action, memory, (policy.log_prob(action), memory, output if with_memory else None)
 
-    played = acting.policies(actor._replace(network=network._replace(apply=apply_normalized)))
+    played = on_policy.policies(actor._replace(network=network._replace(apply=apply_normalized)))
 
     def env_params(hparams: HParams) -> PyTree:
         return env.params if hparams.env is None else hparams.env
@@ -246,13 +247,18 @@ def make(
         )
 
     def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
+        def values(successors: tuple[PyTree, Memory]) -> Array:
+            next_obs, memory = successors
+            (_, value), _ = network.apply(
+                state.params, normalized(state.observation_statistics, next_obs), memory
+            )
+            return value
+
         obs = normalized(state.observation_statistics, transitions.obs)
-        next_obs = normalized(state.observation_statistics, transitions.next_obs)
-        log_prob, next_memory = transitions.extras
-        memory = state.rollout.memory
-        reset = networks.reset_before(transitions.terminated | transitions.truncated)
-        (head, value), _ = networks.apply_sequence(network, state.params, obs, memory, reset)
-        (_, next_value), _ = network.apply(state.params, next_obs, next_memory)
+        log_prob, next_memory, output = transitions.extras
+        head, value = output if with_memory else network.apply(state.params, obs, ())[0]
+        successors = (transitions.next_obs, next_memory)
+        next_value = rollout.successor_values(values, value, transitions, successors)
         advantage, target = ops.gae(
             reward,
             value,
@@ -265,7 +271,9 @@ def make(
         head = head if penalized else ()
         batch = Batch(obs, transitions.action, log_prob, value, advantage, target, head, (), ())
         if with_memory:
-            return batch._replace(reset=reset, memory=jax.tree.map(lambda leaf: leaf[None], memory))
+            reset = networks.reset_before(transitions.terminated | transitions.truncated)
+            memory = jax.tree.map(lambda leaf: leaf[None], state.rollout.memory)
+            return batch._replace(reset=reset, memory=memory)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
 
     def loss(params: Params, batch: Batch, kl_coef: PyTree, hparams: HParams) -> tuple[Array, Metrics]:

@@ -3,6 +3,7 @@
 from jrl.networks import noisy
 from jrl.networks.adapters import (
     as_network,
+    check_output,
     check_policy_output,
     check_q_output,
     from_nnx,
@@ -10,8 +11,23 @@ from jrl.networks.adapters import (
     observation_flattener,
 )
 from jrl.networks.cnn import CNN, PatchConv
-from jrl.networks.defaults import TorsoConfig, actor_critic, implicit_q_network, q_network
-from jrl.networks.heads import ActorCritic, ImplicitQNetwork, PolicyHead, QNetwork, distribution
+from jrl.networks.defaults import (
+    TorsoConfig,
+    actor,
+    actor_critic,
+    critics,
+    implicit_q_network,
+    q_network,
+)
+from jrl.networks.heads import (
+    Actor,
+    ActorCritic,
+    Ensemble,
+    ImplicitQNetwork,
+    PolicyHead,
+    QNetwork,
+    distribution,
+)
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import (
     GRU,
@@ -27,18 +43,23 @@ __all__ = [
     "CNN",
     "GRU",
     "MLP",
+    "Actor",
     "ActorCritic",
+    "Ensemble",
     "ImplicitQNetwork",
     "PatchConv",
     "PolicyHead",
     "QNetwork",
     "TorsoConfig",
     "WindowTransformer",
+    "actor",
     "actor_critic",
     "apply_sequence",
     "as_network",
+    "check_output",
     "check_policy_output",
     "check_q_output",
+    "critics",
     "distribution",
     "from_nnx",
     "implicit_q_network",

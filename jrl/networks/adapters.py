@@ -187,6 +187,20 @@ def check_q_output(
         )
 
 
+def check_output(network: Network, observation: PyTree, expected: list[tuple[int, ...]], name: str) -> None:
+    """Raise unless the leaves of ``network``'s output for one observation have the expected shapes.
+
+    Raises:
+        ValueError: other shapes, with both named.
+    """
+    output = _output_shape(network, observation)
+    if [leaf.shape for leaf in jax.tree.leaves(output)] != expected:
+        raise ValueError(
+            f"the {name} returns {_describe(output)} for one observation, where {' and '.join(map(str, expected))} is "
+            "needed: change the width of its last layer (and keep every leading axis)."
+        )
+
+
 def _output_shape(network: Network, observation: PyTree) -> PyTree:
     def forward(key: jax.Array, obs: PyTree) -> PyTree:
         memory = network.init_memory(())

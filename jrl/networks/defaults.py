@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jrl.networks import mlp
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
-from jrl.networks.heads import ActorCritic, ImplicitQNetwork, QNetwork
+from jrl.networks.heads import Actor, ActorCritic, Ensemble, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import recurrent_network
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
 
 _identity = functools.partial(MLP, ())  # the torso of a head that is given features
-FEATURES_FIRST_BATCH = 128  # below, transposing costs what the products gain
 
 
 class TorsoConfig(Protocol):
@@ -62,12 +61,13 @@ def actor_critic(
         shared_torso: one torso for the policy and the value, instead of one each.
         features_first: compute large batches in the layout that is fastest on a CPU
             (:mod:`jrl.networks.mlp`); then it has no forward-mode derivative (``jax.jvp``).
-        core: a memory between one torso and both heads, such as :class:`jrl.networks.GRU`; the two options above
-            do not apply then.
+        core: a memory between one torso and both heads, such as :class:`jrl.networks.GRU`.
     """
     torso, prepare, rank = _torso(env, config)
     if core is not None:
-        return recurrent_network(torso(), core, ActorCritic(_identity, env.action, True), prepare)
+        return recurrent_network(
+            torso(), core, ActorCritic(_identity, env.action, True), prepare, features_first=features_first
+        )
     return _network(ActorCritic(torso, env.action, shared_torso), prepare, rank, features_first)
 
 
@@ -88,7 +88,11 @@ def q_network(
     torso, prepare, rank = _torso(env, config)
     if core is not None:
         return recurrent_network(
-            torso(), core, QNetwork(_identity, env.action.n, dueling, num_atoms), prepare
+            torso(),
+            core,
+            QNetwork(_identity, env.action.n, dueling, num_atoms),
+            prepare,
+            features_first=features_first,
         )
     return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
 
@@ -105,6 +109,44 @@ def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool =
             memory,
         ),
     )
+
+
+def actor(
+    env: Environment, config: TorsoConfig, *, stochastic: bool = True, features_first: bool = False
+) -> Network:
+    """Return the policy network of SAC and TD3 on ``env``, an :class:`~jrl.networks.Actor`.
+
+    ``obs ↦ logits [..., A]``, or for a Box ``(mean, log_std)`` before the squashing, ``[..., D]`` both; only the mean
+    if not ``stochastic``. Other arguments as in :func:`actor_critic`.
+    """
+    torso, prepare, rank = _torso(env, config)
+    return _network(Actor(torso, env.action, stochastic), prepare, rank, features_first)
+
+
+def critics(env: Environment, config: TorsoConfig, num: int, *, features_first: bool = False) -> Network:
+    """Return ``num`` action values: ``obs ↦ Q [..., num, A]``, or for a Box ``(obs, action) ↦ Q [..., num, 1]``.
+
+    Arguments as in :func:`actor_critic`.
+
+    Raises:
+        ValueError: a cnn with a Box, whose action it has no place for.
+    """
+    torso, prepare, rank = _torso(env, config)
+    if isinstance(env.action, Discrete):
+        member = functools.partial(QNetwork, torso, env.action.n)
+        return _network(Ensemble(member, num), prepare, rank, features_first)
+    if rank != 1:
+        raise ValueError(
+            f"torso={config.torso!r} on {env.name}: values of continuous actions have no cnn, as the action joins the "
+            "observation at the first layer; use torso='mlp'."
+        )
+    member = functools.partial(QNetwork, torso, 1)
+
+    def join(obs_and_action: PyTree) -> jax.Array:
+        obs, action = obs_and_action
+        return jnp.concatenate([prepare(obs), action], axis=-1)
+
+    return _network(Ensemble(member, num), join, rank, features_first)
 
 
 def check_torso(config: TorsoConfig) -> None:
@@ -162,12 +204,9 @@ def _network(
     def apply(params: PyTree, obs: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         x = prepare(obs)
         batch = x.shape[: x.ndim - rank]
-        # Another layout of the same function, so that being wrong about the device costs time only.
-        if not features_first or math.prod(batch) < FEATURES_FIRST_BATCH or jax.default_backend() != "cpu":
+        if not (features_first and mlp.prefers_features_first(batch)):
             return module.apply(params, x), memory
-        x = x.reshape(-1, *x.shape[x.ndim - rank :])
-        x = jax.lax.optimization_barrier(jnp.swapaxes(x, 0, -1))
-        out = module.apply(params, x, features_first=True)
+        out = module.apply(params, mlp.features_first(x, len(batch)), features_first=True)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out), memory
 
     return Network(init=lambda key, obs, memory: module.init(key, prepare(obs)), apply=apply)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks.mlp import Dense
+from jrl.networks.mlp import Dense, batch_first
 from jrl.ops import distributions
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
@@ -120,6 +120,48 @@ class ImplicitQNetwork(nn.Module):
         return jnp.swapaxes(quantile, -1, -2)
 
 
+class Actor(nn.Module):
+    """``obs ↦`` logits ``[..., A]``, or for a Box the normal before the squashing of :class:`~jrl.ops.TanhNormal`.
+
+    Of that one both parameters, ``(mean, log_std)``, are functions of the state; if not ``stochastic`` there is only
+    the mean. ``log_std`` is kept within [-5, 2]
+    by a tanh, whose gradient does not vanish at once where a clip's would.
+    """
+
+    torso: Callable[[], nn.Module]
+    action: ActionSpace
+    stochastic: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> Any:
+        """Return the parameters; features first or not, as ``x`` is."""
+        features = self.torso()(x, features_first=features_first)
+
+        def linear(size: int) -> jax.Array:
+            return Dense(size, 0.01)(features, features_first=features_first)
+
+        if isinstance(self.action, Discrete):
+            return _batch_first(linear(self.action.n), features_first)
+        assert isinstance(self.action, Box)
+        size = _box_size(self.action.shape)
+        mean = _batch_first(linear(size), features_first)
+        if not self.stochastic:
+            return mean
+        return mean, -5.0 + 3.5 * (jnp.tanh(_batch_first(linear(size), features_first)) + 1.0)
+
+
+class Ensemble(nn.Module):
+    """Several copies of a network of action values, each with parameters of its own: ``[..., K, A]``."""
+
+    member: Callable[[], nn.Module]
+    num: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
+        """Return the values of all members; features first or not, as ``x`` is."""
+        return jnp.stack([self.member()(x, features_first=features_first) for _ in range(self.num)], axis=-2)
+
+
 def distribution(action: ActionSpace) -> Callable[[Any], Any]:
     """Return the function from a policy head's output to a distribution over ``action``.
 
@@ -146,5 +188,4 @@ def _box_size(shape: tuple[int, ...]) -> int:
 
 
 def _batch_first(x: jax.Array, features_first: bool) -> jax.Array:
-    # Without the barrier XLA would carry the transposition back into the layers, and the layout would be lost.
-    return jax.lax.optimization_barrier(x.T) if features_first else x
+    return batch_first(x) if features_first else x

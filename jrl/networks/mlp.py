@@ -7,6 +7,7 @@ each of a layer's three matrix products has the form that XLA's CPU library is f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,25 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
+
+
+FEATURES_FIRST_BATCH = 128  # below, transposing costs what the products gain
+
+
+def prefers_features_first(batch: tuple[int, ...]) -> bool:
+    """Return whether a batch of this shape is computed faster features first; if wrong, time is all that is lost."""
+    return math.prod(batch) >= FEATURES_FIRST_BATCH and jax.default_backend() == "cpu"
+
+
+def features_first(x: jax.Array, batch_rank: int) -> jax.Array:
+    """Return ``[F, ..., N]`` of ``x [*batch, ..., F]`` with so many batch axes, which become one."""
+    # Without the barrier XLA would carry the transposition into the layers, and the layout would be lost.
+    return jax.lax.optimization_barrier(jnp.swapaxes(x.reshape(-1, *x.shape[batch_rank:]), 0, -1))
+
+
+def batch_first(x: jax.Array) -> jax.Array:
+    """Return ``[N, F]`` of ``x [F, N]``."""
+    return jax.lax.optimization_barrier(x.T)
 
 
 class MLP(nn.Module):

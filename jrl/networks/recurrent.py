@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks.mlp import Dense, orthogonal
+from jrl.networks.mlp import Dense, batch_first, features_first, orthogonal, prefers_features_first
 from jrl.rollout import reset_memory
 from jrl.types import Array, Memory, Network, PyTree
 
@@ -45,33 +45,73 @@ class GRU(nn.Module):
 
     def __call__(self, x: Array, memory: Array) -> tuple[Array, Array]:
         """Return the output ``[..., H]`` and the memory after one step with ``x [..., F]``."""
-        memory = gru_cell(self.recurrent, self.bias, self.inputs(x), memory)
+        memory, _ = _gru_cell(self.recurrent, self.bias, self.inputs(x), memory)
         return memory, memory
 
     def sequence(self, x: Array, memory: Array, reset: Array) -> tuple[Array, Array]:
-        """Return the outputs ``[T, ..., H]`` and the last memory; the input products of all steps are one product."""
-
-        def step(memory: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-            inputs, reset = now
-            memory = gru_cell(self.recurrent, self.bias, inputs, jnp.where(reset[..., None], 0.0, memory))
-            return memory, memory
-
-        memory, outputs = jax.lax.scan(step, memory, (self.inputs(x), reset))
-        return outputs, memory
+        """Return the outputs ``[T, ..., H]`` and the last memory; differentiable in reverse mode only."""
+        outputs = gru_sequence(self.recurrent, self.bias, self.inputs(x), memory, reset)
+        return outputs, outputs[-1]
 
     def _orthogonal_gates(self, key: jax.Array) -> Array:
         square = (self.size, self.size)
         return jnp.concatenate([orthogonal(1.0)(key, square) for key in jax.random.split(key, 3)], axis=1)
 
 
-def gru_cell(recurrent: Array, bias: Array, inputs: Array, memory: Array) -> Array:
-    """Return the memory ``[..., H]`` after a step, of the input's products ``[..., 3H]`` (gates r, z, n)."""
+def _gru_cell(recurrent: Array, bias: Array, inputs: Array, memory: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Return the memory after a step, of the input's products ``[..., 3H]``, and what its derivative needs."""
     size = memory.shape[-1]
     products = memory @ recurrent + bias
     gates = jax.nn.sigmoid(inputs[..., : 2 * size] + products[..., : 2 * size])
-    reset, keep = gates[..., :size], gates[..., size:]
-    new = jnp.tanh(inputs[..., 2 * size :] + reset * products[..., 2 * size :])
-    return new + keep * (memory - new)
+    r, z, u = gates[..., :size], gates[..., size:], products[..., 2 * size :]
+    n = jnp.tanh(inputs[..., 2 * size :] + r * u)
+    return n + z * (memory - n), (memory, r, z, n, u)
+
+
+@jax.custom_vjp
+def gru_sequence(recurrent: Array, bias: Array, inputs: Array, memory: Array, reset: Array) -> Array:
+    """Return the memories ``[T, ..., H]`` after each step, of the products ``[T, ..., 3H]`` of all inputs.
+
+    Its derivative by the recurrent weights is one product after the loop over time, not a sum within it: half the
+    time of a gradient.
+    """
+    return _gru_forward(recurrent, bias, inputs, memory, reset)[0]
+
+
+def _gru_forward(
+    recurrent: Array, bias: Array, inputs: Array, memory: Array, reset: Array
+) -> tuple[Array, tuple]:
+    def step(memory: Array, now: tuple[Array, Array]) -> tuple[Array, tuple]:
+        inputs, reset = now
+        memory, saved = _gru_cell(recurrent, bias, inputs, jnp.where(reset[..., None], 0.0, memory))
+        return memory, (memory, saved)
+
+    _, (outputs, saved) = jax.lax.scan(step, memory, (inputs, reset))
+    return outputs, (recurrent, saved, reset)
+
+
+def _gru_backward(residuals: tuple, grad: Array) -> tuple[Array, Array, Array, Array, None]:
+    recurrent, saved, reset = residuals
+    transposed = jax.lax.optimization_barrier(recurrent.T)  # once, not at every step
+
+    def step(grad: Array, now: tuple) -> tuple[Array, tuple[Array, Array]]:
+        from_output, (memory, r, z, n, u), reset = now
+        grad = grad + from_output
+        grad_n = grad * (1.0 - z) * (1.0 - n * n)
+        grad_z = grad * (memory - n) * z * (1.0 - z)
+        grad_r = grad_n * u * r * (1.0 - r)
+        products = jnp.concatenate([grad_r, grad_z, grad_n * r], axis=-1)
+        grad = grad * z + products @ transposed
+        return jnp.where(reset[..., None], 0.0, grad), (products, grad_n)
+
+    start = jnp.zeros_like(grad[0])
+    grad_memory, (products, grad_n) = jax.lax.scan(step, start, (grad, saved, reset), reverse=True)
+    rows, memories = products.reshape(-1, products.shape[-1]), saved[0].reshape(-1, recurrent.shape[0])
+    inputs = jnp.concatenate([products[..., : -recurrent.shape[0]], grad_n], axis=-1)
+    return memories.T @ rows, rows.sum(0), inputs, grad_memory, None
+
+
+gru_sequence.defvjp(_gru_forward, _gru_backward)
 
 
 class WindowTransformer(nn.Module):
@@ -162,14 +202,25 @@ class Recurrent(nn.Module):
         features, memory = self.core(self.torso(x), memory)
         return self.head(features), memory
 
-    def sequence(self, x: Array, memory: Memory, reset: Array) -> tuple[PyTree, Memory]:
-        """Return the head's outputs ``[T, ...]`` and the last memory."""
-        features, memory = self.core.sequence(self.torso(x), memory, reset)
-        return self.head(features), memory
+    def sequence(self, x: Array, memory: Memory, reset: Array, *, fast: bool) -> tuple[PyTree, Memory]:
+        """Return the head's outputs ``[T, ...]`` and the last memory; ``fast``: torso and head features first."""
+        if not fast:
+            features, memory = self.core.sequence(self.torso(x), memory, reset)
+            return self.head(features), memory
+        batch = reset.shape
+        features = batch_first(self.torso(features_first(x, len(batch)), features_first=True))
+        features, memory = self.core.sequence(features.reshape(*batch, -1), memory, reset)
+        output = self.head(features_first(features, len(batch)), features_first=True)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), output), memory
 
 
 def recurrent_network(
-    torso: nn.Module, core: Any, head: nn.Module, prepare: Callable[[PyTree], Array] = lambda obs: obs
+    torso: nn.Module,
+    core: Any,
+    head: nn.Module,
+    prepare: Callable[[PyTree], Array] = lambda obs: obs,
+    *,
+    features_first: bool = False,
 ) -> Network:
     """Return ``obs ↦ head(core(torso(prepare(obs)), memory))`` as a Network with a memory.
 
@@ -178,15 +229,19 @@ def recurrent_network(
         core: :class:`GRU`, :class:`WindowTransformer`, or another module of their two forms with an ``init_memory``.
         head: ``features [..., H] ↦ output``.
         prepare: ``obs ↦ x``, any leading axes.
+        features_first: torso and head have this option, which is to be used for long sequences on a CPU.
     """
     module = Recurrent(torso, core, head)
+
+    def sequence(params: PyTree, obs: PyTree, memory: Memory, reset: Array) -> tuple[PyTree, Memory]:
+        fast = features_first and prefers_features_first(reset.shape)
+        return module.apply(params, prepare(obs), memory, reset, fast=fast, method="sequence")
+
     return Network(
         init=lambda key, obs, memory: module.init(key, prepare(obs), memory),
         apply=lambda params, obs, memory: module.apply(params, prepare(obs), memory),
         init_memory=core.init_memory,
-        sequence=lambda params, obs, memory, reset: module.apply(
-            params, prepare(obs), memory, reset, method="sequence"
-        ),
+        sequence=sequence,
     )
 
 

@@ -15,6 +15,29 @@ from jrl.ops import checks
 from jrl.types import Array
 
 
+def policy_gradient_loss(log_prob: Array, advantage: Array) -> Array:
+    """The loss whose gradient is the policy gradient.
+
+    ``−mean A log π(a|s)``.
+
+    Source: Sutton et al. 2000, "Policy Gradient Methods for Reinforcement Learning with Function Approximation",
+    https://papers.nips.cc/paper/1713.
+
+    Args:
+        log_prob: floating ``[...]``, of the action taken under the policy being learned.
+        advantage: floating ``[...]``; its gradient is not stopped here.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        AssertionError: shapes differ or an array is not floating.
+    """
+    checks.floating(log_prob=log_prob, advantage=advantage)
+    checks.same_shape(log_prob=log_prob, advantage=advantage)
+    return -jnp.mean(log_prob * advantage)
+
+
 def ppo_clip_loss(log_prob: Array, old_log_prob: Array, advantage: Array, clip_eps: Array | float) -> Array:
     """PPO's clipped surrogate, as a loss.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, tabular
+from jrl import a2c, dqn, linear, monte_carlo, ppo, pqn, r2d2, rainbow, reinforce, sac, tabular, td3
 from jrl.envs import action_mask, from_functions
 from jrl.types import Environment, MultiDiscrete
 
@@ -97,6 +97,16 @@ def _dqn(name: str, env: str = "CartPole-v1", module: Any = dqn, **choices: Any)
     return Case(f"dqn-{name}", module, env, module.Config(**sizes | choices))
 
 
+def _on_policy(name: str, module: Any, env: str, **choices: Any) -> Case:
+    sizes = {"num_envs": 4, "unroll_length": 8, "hidden_sizes": (8,)}
+    return Case(name, module, env, module.Config(**sizes | choices))
+
+
+def _replay(name: str, module: Any, env: str, **choices: Any) -> Case:
+    sizes = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
+    return Case(name, module, env, module.Config(**sizes | choices))
+
+
 def _tabular(name: str, env: str = "grid", **choices: Any) -> Case:
     # Tables that start at one value would be the same for every key.
     return Case(
@@ -147,6 +157,11 @@ CASES = [
     _dqn("implicit", distribution="implicit", num_atoms=4, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
     _dqn("masked", "masked"),
+    _on_policy("a2c", a2c, "masked", vtrace=True, num_updates=2),
+    _on_policy("reinforce", reinforce, "multi-discrete"),
+    _replay("sac-continuous", sac, "Pendulum-v1"),
+    _replay("sac-discrete", sac, "masked", learn_temperature=False, num_updates=1),
+    _replay("td3", td3, "Pendulum-v1"),
     Case("pqn", pqn, "masked", pqn.Config(**PQN)),
     Case("r2d2", r2d2, "masked", r2d2.Config(**R2D2)),
     _tabular("q-learning"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import dqn, ops, ppo, pqn, r2d2, rainbow
-from jrl.envs import probes
+from jrl import a2c, dqn, networks, ops, ppo, pqn, r2d2, rainbow, reinforce, sac, td3
+from jrl.envs import probes, transform_action
 
 GAMMA = 0.9
 DISCRETE = [
@@ -94,6 +94,107 @@ def test_ppo_learns_a_continuous_action():
     algo, state = ppo_on(probe)
     action, _, _ = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
     np.testing.assert_allclose(action, probe.optimal_actions, atol=0.1)
+
+
+@functools.cache
+def a2c_on(probe):
+    config = a2c.Config(num_envs=16, unroll_length=8, hidden_sizes=(16,), vtrace=True, num_updates=2)
+    return trained(a2c, probe.env, config, 600, learning_rate=1e-2, entropy_coef=0.0)
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [probes.POLICY, probes.TRUNCATION, probes.SUCCESSOR, probes.BOTH_FLAGS],
+    ids=lambda probe: probe.id,
+)
+def test_a2c_learns_the_value_and_the_policy(probe):
+    algo, state = a2c_on(probe)
+    action, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    assert_values(extras["value"], probe.value(GAMMA), 0.05)
+    if probe.optimal_actions is not None:
+        np.testing.assert_array_equal(action, probe.optimal_actions)
+
+
+def test_reinforce_bootstraps_a_time_limit_from_its_value():
+    """Only the first window of 16 steps is seen of an episode of 40, and only truncated."""
+    probe = probes.TRUNCATION
+    config = reinforce.Config(num_envs=8, unroll_length=16, hidden_sizes=(16,))
+    for max_steps in (5, 40):
+        algo, state = trained(reinforce, probe.make({"max_steps": max_steps}), config, 400)
+        _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+        assert_values(extras["value"], probe.value(GAMMA), 0.05)
+
+
+def replay_on(module, env, num_steps=600, hparams=(), **choices):
+    """An algorithm with a replay, its state, and the lowest of its critics."""
+    config = module.Config(
+        num_envs=16,
+        unroll_length=2,
+        num_updates=8,
+        batch_size=64,
+        capacity=4096,
+        warmup_env_steps=512,
+        truncation_gap=1,
+        hidden_sizes=(16,),
+        **choices,
+    )
+    algo, state = trained(module, env, config, num_steps, learning_rate=1e-2, tau=0.05, **dict(hparams))
+    num = 1 if choices.get("variant") == "ddpg" else 2
+    critic = networks.critics(env, config, num)
+    return algo, state, lambda inputs: critic.apply(state.params["critic"], inputs, ())[0].min(-2)
+
+
+COLD = {"learn_temperature": False, "hparams": {"temperature": 1e-3}}
+
+
+@pytest.mark.parametrize(
+    "probe", [probes.POLICY, probes.SUCCESSOR, probes.BOTH_FLAGS], ids=lambda probe: probe.id
+)
+def test_discrete_sac_learns_the_action_values(probe):
+    algo, state, values = replay_on(sac, probe.env, **COLD)
+    obs = jnp.asarray(probe.observations)
+    assert_values(values(obs), probe.q(GAMMA), 0.05)
+    if probe.optimal_actions is not None:
+        action, _, _ = algo.policy(state)(jax.random.key(0), obs)
+        np.testing.assert_array_equal(action, probe.optimal_actions)
+
+
+CONTINUOUS = [(sac, COLD), (td3, {}), (td3, {"variant": "ddpg"})]
+
+
+def indifferent(env, space):
+    """A probe that does not look at actions, with other ones."""
+    return transform_action(env, lambda action: jnp.int32(0), space)
+
+
+@pytest.mark.parametrize(("module", "choices"), CONTINUOUS, ids=["sac", "td3", "ddpg"])
+def test_continuous_actions_are_learned(module, choices):
+    probe = probes.CONTINUOUS
+    algo, state, _ = replay_on(module, probe.env, 1000, **choices)
+    action, _, _ = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
+    np.testing.assert_allclose(action, probe.optimal_actions, atol=0.1)
+
+
+@pytest.mark.parametrize(("module", "choices"), CONTINUOUS, ids=["sac", "td3", "ddpg"])
+def test_values_of_continuous_actions_go_beyond_a_time_limit(module, choices):
+    probe = probes.SUCCESSOR
+    env = indifferent(probe.env, jrl.Box((1,), -1.0, 1.0))
+    _, _, values = replay_on(module, env, **choices)
+    obs = jnp.asarray(probe.observations)
+    assert_values(values((obs, jnp.zeros((2, 1))))[:, 0], probe.value(GAMMA), 0.05)
+
+
+def test_the_temperature_holds_the_entropy_at_its_target():
+    """Rewards that depend on nothing: the entropy is the temperature's to choose."""
+    env = probes.CONSTANT.env
+    ratio = 0.6
+    _, state, _ = replay_on(sac, env, hparams={"target_entropy_ratio": ratio, "temperature": 0.1})
+    assert np.exp(state.params["log_temperature"]) < 0.1  # a uniform policy has too much
+    algo, state, _ = replay_on(
+        sac, indifferent(env, jrl.Box((1,), 0.0, 4.0)), hparams={"target_entropy": 0.3, "temperature": 0.1}
+    )
+    _, metrics = jax.jit(algo.step)(state, sac.HParams(target_entropy=0.3, learning_rate=0.0))
+    assert abs(metrics["entropy"] - (0.3 + np.log(2.0))) < 0.15
 
 
 def ppo_with_memory(probe, memory, **numbers):
