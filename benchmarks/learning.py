@@ -234,10 +234,11 @@ def table() -> str:
         record = json.loads(path.read_text())
         memory = f" with {record['config']['memory'].upper()}" if "memory" in record["config"] else ""
         low, high = record["iqm_interval_95"]
-        interval = f" [{low:.1f}, {high:.1f}]" if record["seeds"] > 2 else ""
+        digits = 1 if abs(record["goal"]) >= 10 else 2  # a return of 0.99 is not one of 1.0
+        interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if record["seeds"] > 2 else ""
         lines.append(
             f"| {record['algorithm'].upper()}{memory} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
-            f"| {record['iqm']:.1f}{interval} | {record['worst']:.1f} | {record['goal']:g} |"
+            f"| {record['iqm']:.{digits}f}{interval} | {record['worst']:.{digits}f} | {record['goal']:g} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -246,8 +246,9 @@ def make(
         return action, memory, ()  # the replay would keep what it returns here
 
     def init_memory(batch_shape: tuple[int, ...]) -> Memory:
-        held = jnp.zeros(batch_shape, jnp.int32)
-        return ops.HeldAction(held, held) if config.persistent else ()
+        # Two arrays: one buffer could not be donated twice.
+        held = (jnp.zeros(batch_shape, jnp.int32) for _ in ops.HeldAction._fields)
+        return ops.HeldAction(*held) if config.persistent else ()
 
     def explorer(params: Params, support: Array, epsilon: Array, hparams: HParams) -> Policy:
         return Policy(explore, ((params, support, epsilon), hparams.persistence), init_memory)
