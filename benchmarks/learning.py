@@ -121,7 +121,14 @@ ROWS = {
     "ppo-memorychain": Row("ppo", "MemoryChain-bsuite", 200_000, 1.0, {}, {"anneal_env_steps": 2e5}),
     "sac-pendulum": Row("sac", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
     "td3-pendulum": Row("td3", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
-    "a2c-cartpole": Row("a2c", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
+    "a2c-cartpole": Row(
+        "a2c",
+        "CartPole-v1",
+        500_000,
+        495.0,
+        {"unroll_length": 128},
+        {"learning_rate": 7e-3, "anneal_env_steps": 5e5, "max_grad_norm": 10.0},
+    ),
     "reinforce-cartpole": Row("reinforce", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
     "ppo-breakout-minatar": Row(
         "ppo",
