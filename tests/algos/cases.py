@@ -152,7 +152,7 @@ CASES = [
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
     _dqn("n-step", n_step=3, unroll_length=4),
     _dqn("prioritized", prioritized=True, num_updates=2),
-    _dqn("rainbow", module=rainbow, num_atoms=5),
+    _dqn("rainbow", module=rainbow, num_atoms=5, persistent=True),
     _dqn("quantile", "masked", distribution="quantile", num_atoms=5, munchausen=True),
     _dqn("implicit", distribution="implicit", num_atoms=4, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
