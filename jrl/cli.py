@@ -28,6 +28,7 @@ usage: jrl COMMAND ...
   plan ALGORITHM --env ID    what a sweep would take in memory and time, without running it
   eval RUN                   play episodes with a run's policy
   plot RUN [RUN ...]         draw learning curves into one PNG
+  inspect RUN                draw a run's values and advantages along an episode, and on a grid
   compare A B [...]          statistics of sweeps or runs side by side, with intervals and figures
   envs                       list environments
   algos                      list algorithms
