@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 
 @runtime_checkable
@@ -133,7 +133,7 @@ class WandbLogger:
                 project=self._project,
                 name=self._folder.name,
                 dir=str(self._folder),
-                mode=self._mode,  # type: ignore[arg-type]
+                mode=cast(Any, self._mode),  # one of its literals
                 config=self.config,
                 id=self.run_id,
                 resume="allow" if self.run_id and self._mode == "online" else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -125,6 +126,45 @@ def keep_memory(batch_shape: tuple[int, ...]) -> None:
     For one that reads only what belongs to the episode, such as a key/value cache that is looked at up to the
     position of the token: resetting it would copy it at every step.
     """
+
+
+def successor_values(
+    evaluate: Callable[[PyTree], Array], value: Array, transitions: Transition, successors: PyTree
+) -> Array:
+    """Return the values of what the steps of an unroll led to, most of which are known already.
+
+    Where an episode goes on, its step led to what the policy saw next, whose value is in the next row of ``value``.
+    Where it terminated the value is 0. Only the last row, and what a truncated step led to, is evaluated: ``B``
+    states at a time and as often as there are more, in place of a second pass of the network over the batch.
+
+    Args:
+        evaluate: maps ``B`` of the ``successors`` to their values ``[B]``.
+        value: of ``transitions.obs``, ``[T, B]``.
+        transitions: leaves ``[T, B, ...]``.
+        successors: what ``evaluate`` needs of the true successors: ``transitions.next_obs``, and where the policy
+            has a memory that too; leaves ``[T, B, ...]``.
+
+    Returns:
+        float32 ``[T, B]``: ``V(next_obs)``, 0 where terminated.
+    """
+    length, num_envs = value.shape
+    size = length * num_envs
+    unknown = (transitions.truncated.at[-1].set(True) & ~transitions.terminated).reshape(-1)
+    known = jnp.where(transitions.terminated[:-1], 0.0, value[1:])
+    known = jnp.concatenate([known, jnp.zeros_like(value[:1])]).reshape(-1)
+    successors = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), successors)
+    index = jnp.nonzero(unknown, size=size, fill_value=size)[0]
+    count = unknown.sum()
+
+    def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        done, values = carry
+        these = jax.lax.dynamic_slice_in_dim(index, done, num_envs)
+        found = evaluate(jax.tree.map(lambda leaf: leaf.at[these].get(mode="clip"), successors))
+        return done + num_envs, values.at[these].set(found, mode="drop")
+
+    # Under vmap the rounds are those of the member with the most; what the others carry is one number a step.
+    _, values = jax.lax.while_loop(lambda carry: carry[0] < count, some, (jnp.int32(0), known))
+    return values.reshape(length, num_envs)
 
 
 def reset_memory(policy: Policy, memory: Memory, ended: Array) -> Memory:

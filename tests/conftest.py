@@ -1,6 +1,7 @@
 """Settings of the whole suite: safe XLA settings before jax is imported, a compilation cache, strictness."""
 
 import os
+import re
 from pathlib import Path
 
 from jrl import xla
@@ -10,8 +11,29 @@ from jrl import xla
 xla.configure(os.environ, num_devices=8)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 CACHE = Path(os.environ.get("JRL_TEST_CACHE", Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Modules whose tests share nothing (most are processes of their own): each test goes to the worker that is free.
+SPREAD = ("test_readme", "test_resume", "test_processes", "test_notebooks", "test_cli", "test_hang")
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is nothing to schedule
+def pytest_xdist_make_scheduler(config, log):
+    """Keep tests that share compiled programs in one worker: those of a case of the contract, or of a module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            if Path(path).stem in SPREAD:
+                return nodeid
+            if Path(path).stem == "test_contract":
+                return path + re.sub(r".*\[(.*?)(-True|-False)?\]$", r"\1", test)
+            return path
+
+    return Scheduling(config, log)

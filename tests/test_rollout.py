@@ -10,7 +10,7 @@ import pytest
 import jrl
 from jrl import rollout
 from jrl.envs import from_functions, vectorize
-from jrl.types import Discrete, Policy
+from jrl.types import Discrete, Policy, Transition
 
 B = 3
 LIMITS = np.array([2, 3, 5])
@@ -129,6 +129,40 @@ def test_flags_and_the_successor_at_an_episodes_end():
     following = np.concatenate([transitions.obs[1:], state.obs[None]])
     np.testing.assert_array_equal(following[..., 1][ended], np.zeros_like(last_time))
     np.testing.assert_array_equal(following[~ended], transitions.next_obs[~ended])
+
+
+@pytest.mark.parametrize(("likely", "least_rounds"), [(0.0, 1), (0.1, 2), (0.6, 3)])
+def test_values_of_successors_are_those_of_evaluating_all_of_them(likely, least_rounds):
+    """No truncation, a few, and more than many rounds of B evaluations take; vmapped members have their own."""
+    length = 40
+
+    def value_of(obs):
+        return obs["x"].sum(-1) ** 2 + obs["y"]
+
+    def make(key):
+        keys = jax.random.split(key, 6)
+        shape = (length + 1, B)
+        seen = {"x": jax.random.normal(keys[0], (*shape, 2)), "y": jax.random.normal(keys[1], shape)}
+        terminated = jax.random.bernoulli(keys[2], 0.2, (length, B))
+        truncated = jax.random.bernoulli(keys[3], likely, (length, B))
+        ended = terminated | truncated
+        other = {
+            "x": jax.random.normal(keys[4], (length, B, 2)),
+            "y": jax.random.normal(keys[5], (length, B)),
+        }
+        next_obs = {
+            "x": jnp.where(ended[..., None], other["x"], seen["x"][1:]),
+            "y": jnp.where(ended, other["y"], seen["y"][1:]),
+        }
+        reward = jnp.zeros((length, B))
+        transitions = Transition((), reward, reward, terminated, truncated, next_obs, ())
+        found = rollout.successor_values(value_of, value_of(seen)[:-1], transitions, next_obs)
+        expected = jnp.where(terminated, 0.0, value_of(next_obs))
+        return found, expected, (truncated & ~terminated).sum()
+
+    found, expected, cut = jax.jit(jax.vmap(make))(jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (1 + cut // B).min() >= least_rounds
 
 
 def test_the_memory_starts_anew_where_an_episode_ended():

@@ -238,10 +238,13 @@ def make(
         )
 
     def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
+        def values(obs: PyTree) -> Array:
+            (_, value), _ = network.apply(state.params, normalized(state.observation_statistics, obs), ())
+            return value
+
         obs = normalized(state.observation_statistics, transitions.obs)
-        next_obs = normalized(state.observation_statistics, transitions.next_obs)
-        (_, value), _ = network.apply(state.params, obs, ())
-        (_, next_value), _ = network.apply(state.params, next_obs, ())
+        value = values(transitions.obs)
+        next_value = rollout.successor_values(values, value, transitions, transitions.next_obs)
         advantage, target = ops.gae(
             reward,
             value,

@@ -47,13 +47,17 @@ def transform_observation(env: Environment, fn: Callable[[PyTree], PyTree]) -> E
 
 
 def flatten_observation(env: Environment) -> Environment:
-    """Make one float32 vector ``[D]`` of an observation of any shape or pytree.
+    """Make one vector ``[D]`` of an observation of any shape or pytree: bool where all of it is, else float32.
 
-    The leaves follow each other in the order of :func:`jax.tree.leaves`, each in row-major order.
+    The leaves follow each other in the order of :func:`jax.tree.leaves`, each in row-major order. What is bool stays
+    so because it is recorded and gathered at a quarter of the bytes; networks take it as 0.0 and 1.0.
     """
+    inner, _ = split_mask(env.observation)
+    is_bool = all(leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(inner))
+    dtype = jnp.bool_ if is_bool else jnp.float32
 
     def flatten(obs: PyTree) -> Array:
-        return jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(obs)])
+        return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(obs)])
 
     return transform_observation(env, flatten)
 

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 import jrl
 from jrl import checkpoint
 
-pytestmark = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+# All tests of a case follow each other in one process, which compiles it once.
+every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name, scope="module")
+one_case_of_each = pytest.mark.parametrize(
+    "case",
+    {case.module: case for case in reversed(cases.CASES)}.values(),
+    ids=lambda case: case.name,
+    scope="module",
+)
 
 
 class Compiled:
@@ -46,7 +53,7 @@ class Compiled:
         self.second, self.second_metrics = self.step(self.first, self.hparams)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # what earlier cases compiled is let go
 def compiled(case):
     return Compiled(case)
 
@@ -80,6 +87,7 @@ def assert_close(a, b, rtol):
     jax.tree.map(close, raw(a), raw(b))
 
 
+@every_case
 def test_step_keeps_structure_shapes_dtypes_and_weak_types(kernel):
     def spec(tree):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.aval.weak_type), tree)
@@ -89,6 +97,7 @@ def test_step_keeps_structure_shapes_dtypes_and_weak_types(kernel):
     assert not weak
 
 
+@every_case
 def test_nothing_retraces_for_new_states_or_new_numbers(kernel, case):
     before = dict(kernel.traces)
     leaves, structure = jax.tree.flatten(kernel.hparams)
@@ -99,6 +108,7 @@ def test_nothing_retraces_for_new_states_or_new_numbers(kernel, case):
     assert kernel.traces == before == {"init": 1, "step": 1}
 
 
+@every_case
 def test_same_key_same_run_and_other_key_other_run(kernel):
     again = kernel.init(jax.random.key(0), kernel.hparams)
     assert_equal(again, kernel.start)
@@ -117,23 +127,40 @@ def test_same_key_same_run_and_other_key_other_run(kernel):
     assert (trajectories[0] != trajectories[1]).any()
 
 
-def test_members_of_a_batch_differ_and_equal_the_same_runs_alone(kernel):
-    keys = jax.random.split(jax.random.key(3), 2)
-    batched = jax.jit(jax.vmap(kernel.algo.init, (0, None)))(keys, kernel.hparams)
-    batched, metrics = jax.jit(jax.vmap(kernel.algo.step, (0, None)))(batched, kernel.hparams)
-    for i in range(2):
+@every_case
+def test_members_side_by_side_on_eight_devices_equal_the_same_runs_alone(kernel):
+    """Two members vmapped on each of eight devices: batched equals looped, and eight devices equal one."""
+    keys = jax.random.split(jax.random.key(3), 16)
+
+    def one(key):
+        state, metrics = kernel.algo.step(kernel.algo.init(key, kernel.hparams), kernel.hparams)
+        return state.params, metrics
+
+    assert jax.device_count() >= 8
+    members = PartitionSpec("members")
+    side_by_side = jax.shard_map(
+        jax.vmap(one),
+        mesh=Mesh(np.array(jax.devices()[:8]), ("members",)),
+        in_specs=members,
+        out_specs=members,
+        check_vma=False,
+    )
+    together = jax.device_get(jax.jit(side_by_side)(keys))
+    for i in range(16):
         alone, alone_metrics = kernel.step(kernel.init(keys[i], kernel.hparams), kernel.hparams)
-        member = jax.tree.map(lambda leaf: leaf[i], (batched.params, metrics))  # noqa: B023
+        member = jax.tree.map(lambda leaf: leaf[i], together)  # noqa: B023
         # A batched product sums in another order; the first step of Adam divides by a gradient near 0.
         assert_close(member, (alone.params, alone_metrics), rtol=2e-3)
 
 
+@every_case
 def test_jitted_equals_not_jitted(kernel):
     # Op by op, outside of one fused program.
     eager = kernel.algo.step(kernel.start, kernel.hparams)
     assert_close((eager[0].params, eager[1]), (kernel.first.params, kernel.first_metrics), rtol=2e-3)
 
 
+@every_case
 def test_save_restore_continue_equals_continue(kernel, tmp_path):
     checkpoint.save(tmp_path, kernel.first, step=1)
     like = jax.eval_shape(kernel.algo.init, jax.random.key(0), kernel.hparams)
@@ -144,6 +171,7 @@ def test_save_restore_continue_equals_continue(kernel, tmp_path):
     assert kernel.traces["step"] == before
 
 
+@one_case_of_each
 def test_train_is_step_repeated_and_works_inside_jit(kernel):
     state, metrics = jax.jit(lambda state: jrl.train(kernel.algo, state, kernel.hparams, num_steps=2))(
         kernel.start
@@ -153,6 +181,7 @@ def test_train_is_step_repeated_and_works_inside_jit(kernel):
     np.testing.assert_array_equal(np.asarray(state.env_steps), np.asarray(kernel.second.env_steps))
 
 
+@every_case
 def test_metrics_are_finite_scalars_with_the_same_names(kernel):
     assert kernel.first_metrics.keys() == kernel.second_metrics.keys()
     assert {"num_episodes", "episode_return", "episode_length", "loss"} <= kernel.first_metrics.keys()
@@ -161,6 +190,7 @@ def test_metrics_are_finite_scalars_with_the_same_names(kernel):
         assert np.isfinite(value), name
 
 
+@every_case
 def test_env_steps_are_counted(kernel):
     counts = [
         jrl.ops.counter.to_int(state.env_steps) for state in (kernel.start, kernel.first, kernel.second)
@@ -168,6 +198,7 @@ def test_env_steps_are_counted(kernel):
     assert np.diff(counts).tolist() == [kernel.algo.env_steps_per_step] * 2
 
 
+@every_case
 def test_no_key_is_used_twice_and_no_tracer_leaks(kernel, case):
     algo = case.make()
     with jax.debug_key_reuse(True), jax.checking_leaks():
@@ -176,6 +207,7 @@ def test_no_key_is_used_twice_and_no_tracer_leaks(kernel, case):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
+@every_case
 def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
     env = cases.environment(case.env)
     policy = kernel.algo.policy(kernel.second, greedy=greedy)
@@ -194,6 +226,7 @@ def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
         np.testing.assert_array_equal(action, other)
 
 
+@one_case_of_each
 def test_policy_is_what_evaluate_takes(kernel, case):
     env = cases.environment(case.env)
     stats = jrl.evaluate(
@@ -201,27 +234,3 @@ def test_policy_is_what_evaluate_takes(kernel, case):
     )
     assert stats.episode_return.shape == stats.episode_length.shape == stats.completed.shape == (3,)
     assert np.isfinite(stats.episode_return).all()
-
-
-def test_eight_devices_equal_one(kernel):
-    """Members spread over a mesh of eight devices are those of a mesh of one, which runs them in turn."""
-
-    def run(devices):
-        mesh = Mesh(np.array(devices), ("members",))
-        members = PartitionSpec("members")
-        keys = jax.device_put(jax.random.split(jax.random.key(4), 8), NamedSharding(mesh, members))
-
-        def one(key):
-            return kernel.algo.step(kernel.algo.init(key, kernel.hparams), kernel.hparams)
-
-        in_turn = jax.shard_map(
-            lambda keys: jax.lax.map(one, keys),
-            mesh=mesh,
-            in_specs=members,
-            out_specs=members,
-            check_vma=False,
-        )
-        return jax.jit(in_turn)(keys)
-
-    assert jax.device_count() >= 8
-    assert_close(run(jax.devices()[:8]), run(jax.devices()[:1]), rtol=2e-3)

@@ -84,6 +84,14 @@ def test_flatten():
     np.testing.assert_array_equal(out.obs[1] % 10, 0)
 
 
+def test_flatten_keeps_bool():
+    odd = envs.transform_observation(counting((2, 3), end=2), lambda o: o.astype(jnp.int32) % 2 == 1)
+    obs, out, _ = run(envs.flatten_observation(odd), 4)
+    check_spec(envs.flatten_observation(odd), obs, out)
+    assert out.obs.dtype == jnp.bool_
+    np.testing.assert_array_equal(out.next_obs, run(odd, 4)[1].next_obs.reshape(4, 6))
+
+
 def test_one_hot():
     env = envs.transform_observation(counting((), jnp.int32, end=2), lambda o: o % 10)
     env = envs.one_hot_observation(env, 4)
