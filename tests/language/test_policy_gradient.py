@@ -13,6 +13,7 @@ from jrl import rollout
 from jrl.envs import vectorize
 from jrl.language import exact, models, tasks
 from jrl.language import policy_gradient as pg
+from jrl.language.environments import Prompts, at_end, token_mdp
 from jrl.types import Policy
 
 
@@ -247,3 +248,14 @@ def test_what_it_refuses():
     wrapped = jrl.envs.scale_reward(env, 2.0)
     with pytest.raises(TypeError, match="needs a token environment as it was made"):
         pg.make(wrapped)
+
+
+def test_a_reward_of_nan_stops_the_run_and_says_when(tmp_path):
+    def score(text):
+        return jnp.where((text.tokens == 1).sum() == 3, jnp.nan, 1.0)
+
+    env = token_mdp(Prompts([[0]], [1]), at_end(score), vocab_size=2, max_new_tokens=3)
+    config = {"variant": "rloo", "num_prompts": 2, "group_size": 4, "hidden_sizes": (4,)}
+    with pytest.raises(FloatingPointError, match=r"is nan at env step \d+"):
+        jrl.run("grpo", env, config=config, env_steps=2400, out=tmp_path / "run", eval_episodes=0)
+    assert (tmp_path / "run" / "run.json").exists()
