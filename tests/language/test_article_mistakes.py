@@ -12,8 +12,7 @@ import pytest
 
 import jrl
 from jrl import dqn, ops
-from jrl.language import exact, models, tasks
-from jrl.language import policy_gradient as pg
+from jrl.language import exact, models, surrogates, tasks
 
 
 def test_the_maximum_of_q_is_the_best_policys_value_and_not_a_policys_own():
@@ -56,14 +55,12 @@ def test_the_ratio_is_of_the_token_taken_weighed_by_an_advantage():
     """At the old policy ρ = 1 and the gradient is A (1[a] − π): nothing of it is left where A is 0."""
     logits = jnp.array([[[0.3, -0.2, 0.1], [1.0, 0.0, 0.0]]])
     action, advantage = jnp.array([[2, 0]]), jnp.array([[1.5, 0.0]])
-    nothing = jnp.zeros(0)
     old = models.next_token(logits, None).log_prob(action)
-    said = jnp.ones((1, 2), bool)
-    batch = pg.Batch(nothing, nothing, (), action, said, old, old, nothing, advantage, nothing)
+    said, choice = jnp.ones((1, 2), bool), surrogates.VARIANTS["ppo"]
 
     def loss(logits):
         log_prob = models.next_token(logits, None).log_prob(action)
-        return pg.surrogate_loss(pg.VARIANTS["ppo"], log_prob, batch, pg.HParams())
+        return surrogates.surrogate_loss(choice, log_prob, old, advantage, said, 0.2, 0.2)
 
     gradient = jax.grad(loss)(logits)
     expected = -1.5 * (jax.nn.one_hot(2, 3) - jax.nn.softmax(logits[0, 0])) / 2
