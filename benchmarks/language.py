@@ -2,6 +2,7 @@
 
     python benchmarks/language.py level0-rloo level1-grpo --seeds 3
     python benchmarks/language.py --list
+    python benchmarks/language.py --table
 
 Level 0: every text of 8^5 enumerated; policies against π* ∝ π_ref exp(return / β), values against Q*.
 Level 1: shortest walks on trlx's graph of 21 nodes. Level 2: "the cat sat on the" → "mat" over the bigrams of a real
@@ -38,6 +39,8 @@ from jrl.language.preferences import Pairs
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("JRL_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
+README = Path(__file__).parent.parent / "README.md"
+TABLE_START, TABLE_END = "<!-- language-table:start -->", "<!-- language-table:end -->"
 BETA = 0.5
 
 
@@ -401,6 +404,34 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     }
 
 
+def table() -> str:
+    """Return the README's table, made from the records alone."""
+    lines = ["| Row | Held to | Reached | Processor seconds |", "|---|---|---|---:|"]
+    for name, row in ROWS.items():
+        path = RESULTS / f"language-{name}.json"
+        if not path.exists():
+            continue
+        records = json.loads(path.read_text())["records"]
+        shown = (
+            [key for key in records[0] if key in row.bar.split()]
+            if name != "level2"
+            else ["dqn", "dqn_q_error"]
+        )
+        values = "; ".join(", ".join(f"{record[key]:.4g}" if isinstance(record[key], float) else str(record[key])
+                                     for key in shown) for record in records)  # fmt: skip
+        missed = "" if all(record["reached"] for record in records) else " (missed)"
+        seconds = ", ".join(f"{record['cpu_seconds']:.0f}" for record in records)
+        lines.append(f"| {name} | {row.bar} | {values}{missed} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert_table(readme: str) -> str:
+    """Return the README's text with the table of the records between its two markers."""
+    before, rest = readme.split(TABLE_START)
+    _, after = rest.split(TABLE_END)
+    return before + TABLE_START + "\n" + table() + TABLE_END + after
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -409,7 +440,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true", help="write the table of the records into the README")
     arguments = parser.parse_args()
+    if arguments.table:
+        README.write_text(insert_table(README.read_text()))
+        return
     unknown = sorted(set(arguments.rows) - set(ROWS))
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}: choose from {', '.join(ROWS)}")
