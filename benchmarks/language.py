@@ -140,7 +140,7 @@ def level0_dqn(seed: int) -> dict[str, Any]:
     tree, model = exact.enumerate_prefixes(env), models.table(env, num_q=1)
     config = token_q.Config(num_envs=1024, batch_size=4096, capacity=16384, warmup_texts=8192)
     numbers = token_q.HParams(learning_rate=0.05, epsilon_end=1.0, lambda_=0.0, tau=0.1, max_grad_norm=1e9)
-    state = train(token_q.make(env, config, model=model), numbers, seed, 600)
+    state = train(token_q.make(env, config, model=model), numbers, seed, 1000)
     return {"q_error": q_error(model, state.params, tree, exact.optimal_values(tree))}
 
 
