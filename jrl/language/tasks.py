@@ -268,13 +268,13 @@ def next_word(
     rhyme: str = "at",
     candidates: tuple[str, ...] = ("mat",),
     num_words: int = 40,
-    fluency_weight: float = 0.1,
+    fluency_weight: float = 0.05,
     max_new_tokens: int = 2,
 ) -> Environment:
     """Go on with a verse, ``the cat sat on the`` → ``mat``: words that are fluent after a real text, and a rhyme.
 
     Each word is worth ``fluency_weight · log p(word | the word before)`` under the bigrams of the text
-    (:mod:`jrl.language.ngrams`), and the first 1 more where it is one letter and ``rhyme`` and not in the prompt. The
+    (:mod:`jrl.language.ngrams`, e^-10 at least), and the first 1 more where it is one letter and ``rhyme`` and not in the prompt. The
     full stop ends a text.
 
     Args:
@@ -300,7 +300,7 @@ def next_word(
     log_p = np.stack(
         [np.asarray(ngrams.next_log_probs(model, jnp.array([w]), jnp.int32(1))) for w in range(len(known))]
     )
-    bigrams = jnp.asarray(np.maximum(log_p, -20.0))
+    bigrams = jnp.asarray(np.maximum(log_p, -10.0))
     rhymes = jnp.array([word[1:] == rhyme and word not in ids for word in known])
 
     def step(carry: PyTree, text: Text, over: Array) -> tuple[PyTree, Array, Array]:
