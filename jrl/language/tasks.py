@@ -274,8 +274,8 @@ def next_word(
     """Go on with a verse, ``the cat sat on the`` → ``mat``: words that are fluent after a real text, and a rhyme.
 
     Each word is worth ``fluency_weight · log p(word | the word before)`` under the bigrams of the text
-    (:mod:`jrl.language.ngrams`, e^-10 at least), and the first 1 more where it is one letter and ``rhyme`` and not in the prompt. The
-    full stop ends a text.
+    (:mod:`jrl.language.ngrams`, at least e^-10), and the first 1 more where it is one letter and ``rhyme`` and not in
+    the prompt. The full stop ends a text.
 
     Args:
         text: where the words and their bigrams come from; None is the text of the standard library's own help topics.
