@@ -169,7 +169,7 @@ def test_grpos_own_penalty_comes_to_rest_where_it_is_said_to(small):
 
 @pytest.mark.parametrize("variant", ["grpo", "ppo"])
 def test_the_penalised_optimum_is_reached(variant):
-    """KL(π ‖ π*) ≤ 0.01 nat; every variant at 8^5 texts is a row of benchmarks/language.py."""
+    """KL(π ‖ π*) ≤ 0.01 nat; every variant at 8^5 texts is a row of benchmarks/ladder.py."""
     env, beta = tasks.random_rewards(4, 3), 0.5
     tree, model = exact.enumerate_prefixes(env), models.table(env)
     config = pg.Config(variant=variant, penalty="reward", num_prompts=1, group_size=512)

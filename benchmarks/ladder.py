@@ -1,8 +1,8 @@
 """The ladder of language tasks: what each method reaches where the answer is known.
 
-    python benchmarks/language.py level0-rloo level1-grpo --seeds 3
-    python benchmarks/language.py --list
-    python benchmarks/language.py --table
+    python benchmarks/ladder.py level0-rloo level1-grpo --seeds 3
+    python benchmarks/ladder.py --list
+    python benchmarks/ladder.py --table
 
 Level 0: every text of 8^5 enumerated; policies against π* ∝ π_ref exp(return / β), values against Q*.
 Level 1: shortest walks on trlx's graph of 21 nodes. Level 2: "the cat sat on the" → "mat" over the bigrams of a real
