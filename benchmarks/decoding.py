@@ -8,8 +8,10 @@ over the layers, the cache goes in as the scan's xs and comes out as its ys, att
 and a token is drawn with Gumbel noise. ``cacheless`` has no cache: each token reads the whole text again. All draw
 from the model's own distribution after a first token, in float32, and record log-probabilities. A repeat is compiled
 beforehand and timed until its results are ready; the sides run in turn, A B C A B C; a ratio is that of neighbours.
-Without ``--model`` the weights are random, of stories260K's sizes: the work is the same. Processor seconds do not
-count what other processes took of the core. One JSON line is appended to ``benchmarks/results/decoding.jsonl``.
+Without ``--model`` the weights are random, of stories260K's sizes: the work is the same. With ``--requests`` so many
+texts are drawn that end at ``--end-token``: in ``--batch`` slots that are used again, or in batches one after the
+other. Processor seconds do not count what other processes took of the core. One JSON line is appended to
+``benchmarks/results/decoding.jsonl``.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class Decoding:
     batch: int = 256
     tokens: int = 64
     model: str | None = None
+    requests: int = 0
+    end_token: int = -1
 
 
 def build(work: Decoding, params: Any, config: Any, side: str) -> Any:
@@ -45,6 +49,21 @@ def build(work: Decoding, params: Any, config: Any, side: str) -> Any:
 
     N, T = work.batch, work.tokens
     start = jnp.ones((N, 1), jnp.int32)
+
+    def slots(key: Any, params: Any) -> Any:
+        settings = generation.Settings(max_new_tokens=T, end_token=work.end_token, num_slots=N)
+        starts = jnp.ones((work.requests, 1), jnp.int32)
+        texts = generation.generate(key, params, config, starts, starts[:, 0], settings)
+        return texts.length, texts.log_prob
+
+    def batches(key: Any, params: Any) -> Any:
+        settings = generation.Settings(max_new_tokens=T, end_token=work.end_token)
+
+        def batch(key: Any) -> Any:
+            texts = generation.generate(key, params, config, start, start[:, 0], settings)
+            return texts.length, texts.log_prob
+
+        return jax.lax.map(batch, jax.random.split(key, work.requests // N))
 
     def ours(key: Any, params: Any) -> Any:
         settings = generation.Settings(max_new_tokens=T)
@@ -94,7 +113,8 @@ def build(work: Decoding, params: Any, config: Any, side: str) -> Any:
         _, (tokens, log_prob) = jax.lax.scan(step, texts, (jnp.arange(T), jax.random.split(key, T)))
         return tokens.T, log_prob.T
 
-    return {"ours": ours, "stacked": stacked, "cacheless": cacheless}[side]
+    sides = {"ours": ours, "stacked": stacked, "cacheless": cacheless, "slots": slots, "batches": batches}
+    return sides[side]
 
 
 def measure(work: Decoding, pairs: int, sides: Sequence[str] = SIDES) -> dict[str, Any]:
@@ -123,25 +143,31 @@ def measure(work: Decoding, pairs: int, sides: Sequence[str] = SIDES) -> dict[st
     for pair in range(pairs + 1):
         row: dict[str, Any] = {"seed": pair}
         for side, program in programs.items():
-            (_, log_prob), seconds, cpu = timed(lambda: program(jax.random.key(pair), params))  # noqa: B023
+            (first, log_prob), seconds, cpu = timed(lambda: program(jax.random.key(pair), params))  # noqa: B023
+            drawn = int(first.sum()) if work.requests else first.size
             row[side] = {
                 "seconds": round(seconds, 6),
                 "cpu_seconds": round(cpu, 6),
-                "log_prob": round(float(log_prob.mean()), 4),
+                "tokens": drawn,
+                "log_prob": round(float(log_prob.sum()) / drawn, 4),
             }
         rows.append(row)
     del rows[0]
-    drawn = work.batch * work.tokens
-    others = [side for side in sides if side != "ours"]
+    best, *others = sides
+
+    def rate(side: str, unit: str) -> list[float]:
+        return [row[side]["tokens"] / row[side][unit] for row in rows]
+
+    def ratio(side: str, unit: str) -> dict[str, float]:
+        return spread([a / b for a, b in zip(rate(best, unit), rate(side, unit), strict=True)])
+
     return {
         **header("decoding", work),  # type: ignore[arg-type]
         "num_params": transformer.num_params(params),
-        "tokens_per_second": {s: spread([drawn / row[s]["seconds"] for row in rows]) for s in sides},
-        "tokens_per_cpu_second": {s: spread([drawn / row[s]["cpu_seconds"] for row in rows]) for s in sides},
-        "ratio": {s: spread([row[s]["seconds"] / row["ours"]["seconds"] for row in rows]) for s in others},
-        "cpu_ratio": {
-            s: spread([row[s]["cpu_seconds"] / row["ours"]["cpu_seconds"] for row in rows]) for s in others
-        },
+        "tokens_per_second": {s: spread(rate(s, "seconds")) for s in sides},
+        "tokens_per_cpu_second": {s: spread(rate(s, "cpu_seconds")) for s in sides},
+        "ratio": {s: ratio(s, "seconds") for s in others},
+        "cpu_ratio": {s: ratio(s, "cpu_seconds") for s in others},
         "compile": compiling,
         "machine": machine(),
         "pairs": rows,
@@ -156,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=Decoding.tokens)
     parser.add_argument("--model", help="a model's folder, or llama2.c's .bin")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--requests", type=int, default=0, help="so many texts: slots against batches")
+    parser.add_argument("--end-token", type=int, default=-1, help="that ends a text, with --requests")
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
@@ -164,14 +191,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jrl import xla
 
     xla.configure()
-    work = Decoding(arguments.batch, arguments.tokens, arguments.model)
-    record = measure(work, arguments.pairs, arguments.sides)
+    work = Decoding(
+        arguments.batch, arguments.tokens, arguments.model, arguments.requests, arguments.end_token
+    )
+    sides = ("slots", "batches") if work.requests else SIDES
+    record = measure(work, arguments.pairs, sides)
     record["work"]["model"] = (
         Path(work.model).name if work.model else None
     )  # not where it lies on this machine
-    for side in arguments.sides:
+    for side in sides:
         rate, cpu_rate = (record[f"tokens_per_{unit}"][side]["median"] for unit in ("second", "cpu_second"))
-        ratio = "" if side == "ours" else f", ours is {record['ratio'][side]['median']:.2f} times as fast"
+        ratio = (
+            "" if side == sides[0] else f", {sides[0]} is {record['ratio'][side]['median']:.2f} times as fast"
+        )
         print(
             f"{side:10} {rate:>10,.0f} tokens/s, {cpu_rate:>10,.0f} a second of processor time, compiled in "
             f"{record['compile'][side]}{ratio}",

@@ -31,6 +31,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
     "grpo": ("jrl.language.grpo", None),
+    "language": ("jrl.language", None),
     "token_dqn": ("jrl.language.token_dqn", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from jrl import (
         checkpoint,
         envs,
+        language,
         networks,
         normalize,
         ops,

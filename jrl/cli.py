@@ -26,6 +26,9 @@ usage: jrl COMMAND ...
   resume RUN                 continue an interrupted run to its end; --env-steps extends it
   sweep ALGORITHM --env ID   seeds and hyperparameters side by side; `jrl sweep ppo --help` lists every setting
   plan ALGORITHM --env ID    what a sweep would take in memory and time, without running it
+  pretrain --corpus FILE     train a language model on a text; `jrl pretrain --help` lists every setting
+  generate MODEL             continue a prompt with one
+  distill MODEL              train a smaller one to say what it says
   eval RUN                   play episodes with a run's policy
   plot RUN [RUN ...]         draw learning curves into one PNG
   compare A B [...]          statistics of sweeps or runs side by side, with intervals and figures
@@ -220,6 +223,27 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
+def pretrain(args: Sequence[str]) -> int:
+    """``jrl pretrain --corpus FILE ...``."""
+    from jrl.language import runs
+
+    return runs.pretrain(args, _free_folder)
+
+
+def distill(args: Sequence[str]) -> int:
+    """``jrl distill MODEL --student-config JSON ...``."""
+    from jrl.language import runs
+
+    return runs.distill(args, _free_folder)
+
+
+def generate(args: Sequence[str]) -> int:
+    """``jrl generate MODEL --prompt TEXT ...``."""
+    from jrl.language import runs
+
+    return runs.generate(args)
+
+
 # ------------------------------------------------------------------------------------------ other commands
 
 
@@ -235,22 +259,31 @@ def resume(args: Sequence[str]) -> int:
 
         Args:
             path: run folder.
-            env_steps: a new, larger total of environment steps.
+            env_steps: a new, larger total of environment steps (of a language model: tokens).
             progress: auto: a bar on a terminal, lines elsewhere.
         """
         if (path / records.SWEEP).exists():
             return _resume_sweep(path, env_steps, progress)
-        from jrl import driver
+        shown = None if progress == "auto" else progress
+        if _is_language_model(path):
+            from jrl.language import runs
 
-        result = driver.resume(path, env_steps, progress=None if progress == "auto" else progress)
+            result = runs.resume(path, env_steps, shown)
+        else:
+            from jrl import driver
+
+            result = driver.resume(path, env_steps, progress=shown)
         if result.already_finished:
-            steps = result.summary["env_steps"]
-            print(
-                f"{path} is already finished: {steps:,} env steps. Extend it: jrl resume {path} --env-steps N"
-            )
+            steps, unit = result.summary["env_steps"], result.summary.get("unit", "env steps")
+            print(f"{path} is already finished: {steps:,} {unit}. Extend it: jrl resume {path} --env-steps N")
         return 130 if result.interrupted else 0
 
     return _run("resume", command, args)
+
+
+def _is_language_model(path: Path) -> bool:
+    """Tell by ``run.json``; what is no run folder is none, and those who read it say so."""
+    return (path / records.RUN).exists() and "corpus" in records.read_run(path)
 
 
 def _resume_sweep(path: Path, env_steps: int | None, progress: str) -> int:
@@ -274,6 +307,8 @@ def evaluate(args: Sequence[str]) -> int:
     ) -> int:
         """Play episodes with the policy of a run, or of a member of a sweep, on environments of their own.
 
+        Of a language model: the loss on its validation text.
+
         Args:
             path: run folder, or a sweep's.
             episodes: how many, exactly.
@@ -286,6 +321,11 @@ def evaluate(args: Sequence[str]) -> int:
 
         if episodes < 1:
             raise ValueError(f"--episodes {episodes}: must be at least 1.")
+        if _is_language_model(path):
+            from jrl.language import runs
+
+            print(progress.evaluation_line(runs.evaluate(path)))
+            return 0
         evaluation = driver.evaluate(
             path, num_episodes=episodes, greedy=not sample, seed=seed, step=step, member=member
         )
@@ -445,6 +485,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "resume": resume,
     "eval": evaluate,
+    "pretrain": pretrain,
+    "generate": generate,
+    "distill": distill,
     "plot": plot,
     "compare": compare,
     "envs": envs,

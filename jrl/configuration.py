@@ -243,6 +243,11 @@ def from_json(
         RunError: an object is needed and was not given, or the record does not fit it.
     """
     name, env_name = record["algorithm"]["name"], record["environment"]["name"]
+    if "corpus" in record:
+        raise RunError(
+            f"this is a run of a language model ({name} on {env_name}), which acts in no environment: use "
+            "jrl.language.runs.load and jrl.language.runs.resume, or the commands jrl generate, eval and resume."
+        )
     if algorithm is None and name not in ALGORITHMS:
         raise RunError(
             f"the run was given its algorithm ({name}) as an object, which a file cannot hold. Continue "

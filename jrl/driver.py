@@ -12,10 +12,10 @@ import datetime
 import os
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jrl import checkpoint, configuration, doctor, loop, progress, records
 from jrl import loggers as loggers_
@@ -52,6 +52,22 @@ class RunResult:
     algo: Any
     env: Environment
     hparams: Any
+
+
+class Task(NamedTuple):
+    """What differs in a run that is not about an environment.
+
+    Attributes:
+        prepare: writes what the folder holds beside ``run.json``.
+        evaluate: ``(state, stop) -> evaluation`` of the end, for ``summary.json``; None where it was stopped.
+        extra: a row of metrics -> what to add to it.
+        summary: what to add to ``summary.json``.
+    """
+
+    prepare: Callable[[Path], None]
+    evaluate: Callable[[Any, StopRequest], dict[str, Any] | None]
+    extra: Callable[[dict[str, Any]], dict[str, Any]]
+    summary: Mapping[str, Any]
 
 
 def run(
@@ -107,16 +123,13 @@ def run(
         NonFiniteError: a metric or a parameter became NaN or infinite; the last checkpoint is from before.
         ValueError, TypeError: what the algorithm or the environment refuses.
     """
-    _check_numbers(env_steps=env_steps, eval_episodes=eval_episodes, seed=seed, keep=keep)
-    _check_numbers(checkpoint_every=checkpoint_every, checkpoint_seconds=checkpoint_seconds)
+    check_numbers(env_steps=env_steps, eval_episodes=eval_episodes, seed=seed, keep=keep)
+    check_numbers(checkpoint_every=checkpoint_every, checkpoint_seconds=checkpoint_seconds)
     folder = None if out is None else Path(out)
     if folder is not None:
         records.check_new(folder, overwrite)
     setup = configuration.build(algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs)
     record = {
-        "format": records.FORMAT,
-        "id": uuid.uuid4().hex[:12],
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **configuration.to_json(setup),
         "env_steps": env_steps,
         "seed": seed,
@@ -124,8 +137,29 @@ def run(
         "checkpoint_every": checkpoint_every,
         "checkpoint_seconds": checkpoint_seconds,
         "keep": keep,
+    }
+    return start_run(setup, record, folder, loggers, progress)
+
+
+def start_run(
+    setup: Setup,
+    record: Mapping[str, Any],
+    folder: Path | None,
+    loggers: Sequence[loggers_.Logger] = (),
+    progress: str | None = None,
+    task: Task | None = None,
+) -> RunResult:
+    """Train from the beginning in a folder that :func:`jrl.records.check_new` has allowed, and write ``run.json``.
+
+    Raises what :func:`run` raises in training.
+    """
+    record = {
+        "format": records.FORMAT,
+        "id": uuid.uuid4().hex[:12],
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **record,
         "env_steps_per_step": setup.algo.env_steps_per_step,
-        "chunk_length": chunk_length(env_steps, setup.algo.env_steps_per_step),
+        "chunk_length": chunk_length(record["env_steps"], setup.algo.env_steps_per_step),
         "loggers": [logger.spec() for logger in loggers if hasattr(logger, "spec")],
         "versions": doctor.versions(),
         "device": doctor.device(),
@@ -135,9 +169,11 @@ def run(
             records.create(folder)
             stack.enter_context(records.locked(folder))
             records.clear(folder)
+            if task is not None:
+                task.prepare(folder)
             records.write_json(folder / records.RUN, record)
         try:
-            return _train(setup, record, folder, None, loggers, progress)
+            return _train(setup, record, folder, None, loggers, progress, task)
         except BaseException:
             # Nothing learned yet, nothing to resume: the folder is free again for the corrected command.
             if folder is not None and not (folder / records.METRICS).exists():
@@ -175,15 +211,29 @@ def resume(
         CheckpointError: (a RunError) no checkpoint is intact, or it is of another configuration.
         NonFiniteError: as in :func:`run`.
     """
-    _check_numbers(env_steps=env_steps)
-    folder = Path(path)
+
+    def build(record: Mapping[str, Any]) -> tuple[Setup, Task | None]:
+        return configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams), None
+
+    return resume_run(Path(path), env_steps, build, loggers, progress)
+
+
+def resume_run(
+    folder: Path,
+    env_steps: int | None,
+    build: Callable[[Mapping[str, Any]], tuple[Setup, Task | None]],
+    loggers: Sequence[loggers_.Logger] | None = None,
+    progress: str | None = None,
+) -> RunResult:
+    """Continue a run whose setup ``build`` makes again from ``run.json``; otherwise as :func:`resume`."""
+    check_numbers(env_steps=env_steps)
     record = records.read_run(folder)
     if not os.access(folder, os.W_OK):
         raise RunError(
             f"run folder {folder} cannot be written to: no permission. Copy it to where you may write."
         )
     with records.locked(folder):
-        setup = configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams)
+        setup, task = build(record)
         _warn_of_other_versions(record)
         if loggers is None:
             loggers = [loggers_.build(spec, folder) for spec in record["loggers"]]
@@ -200,7 +250,7 @@ def resume(
         summary = records.read_summary(folder)
         if start and summary and not summary["interrupted"] and trained >= record["env_steps"]:
             return RunResult(start.state, summary, folder, False, True, setup.algo, setup.env, setup.hparams)
-        return _train(setup, record, folder, start, loggers, progress)
+        return _train(setup, record, folder, start, loggers, progress, task)
 
 
 def load(
@@ -292,6 +342,7 @@ def _train(
     start: Start | None,
     loggers: Sequence[loggers_.Logger],
     progress_kind: str | None,
+    task: Task | None = None,
 ) -> RunResult:
     """Compile, train to the end, evaluate, write the summary."""
     _warn_of_zero_step_size(setup, record["env_steps"])
@@ -313,9 +364,12 @@ def _train(
         what = f"{setup.algorithm} on {setup.env.name}, seed {record['seed']}"
         show.message(f"{what}: compiling for {doctor.device()} ...")
         compiled = loop.compile_chunk(setup, record["seed"], record["chunk_length"], start)
-        trained = loop.train(compiled, setup, record, folder, sinks, show, stop)
+        extra = task.extra if task else None
+        trained = loop.train(compiled, setup, record, folder, sinks, show, stop, extra)
         evaluation = None
-        if not stop.requested and record["eval_episodes"]:
+        if task is not None:
+            evaluation = None if stop.requested else task.evaluate(trained.state, stop)
+        elif not stop.requested and record["eval_episodes"]:
             evaluation = loop.evaluate(
                 setup.env,
                 setup.algo,
@@ -340,6 +394,7 @@ def _train(
         "precision": doctor.precision(),
         "versions": doctor.versions(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **(task.summary if task else {}),
     }
     if folder is not None:
         records.write_json(folder / records.SUMMARY, records.plain(summary))
@@ -353,7 +408,7 @@ def _train(
 def _plot(folder: Path) -> None:
     from jrl import plots
 
-    if any(row.get("episode_return") is not None for row in records.read_metrics(folder)):
+    if plots.read(folder).env_steps.size:
         plots.learning_curve(folder, out=folder / records.CURVE)
 
 
@@ -383,7 +438,8 @@ def _warn_of_other_versions(record: Mapping[str, Any]) -> None:
         )
 
 
-def _check_numbers(**values: Any) -> None:
+def check_numbers(**values: Any) -> None:
+    """Raise TypeError or ValueError, naming it, for a number of a run that is none or too small."""
     lowest = {"seed": 0, "eval_episodes": 0}
     for name, value in values.items():
         if value is None:

@@ -60,25 +60,26 @@ def parse(
     Returns:
         The options, the fields of ``Config`` and those of ``HParams`` (without ``env``).
     """
+    groups = [flags(options), flags(module.Config), flags(module.HParams, skip=("env",))]
+    run, config, hparams = parse_groups(prog, module.__doc__ or "", groups, args)
+    return options(**run), config, hparams
+
+
+def parse_groups(
+    prog: str, description: str, groups: Sequence[type], args: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Parse flags, those of several dataclasses from :func:`flags` at once; the first line of a text describes them."""
     import tyro
 
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("run", flags(options)),
-            ("config", flags(module.Config)),
-            ("hparams", flags(module.HParams, skip=("env",))),
-        ],
-    )
-    summary = (module.__doc__ or "").strip().splitlines()[0]
+    command = dataclasses.make_dataclass("Command", [(f"group{i}", group) for i, group in enumerate(groups)])
     parsed: Any = tyro.cli(
         command,
         prog=prog,
-        description=summary,
+        description=description.strip().splitlines()[0],
         args=list(args),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return options(**vars(parsed.run)), dict(vars(parsed.config)), dict(vars(parsed.hparams))
+    return [dict(vars(getattr(parsed, f"group{i}"))) for i in range(len(groups))]
 
 
 def flags(cls: type, skip: Sequence[str] = ()) -> type:
@@ -100,14 +101,17 @@ def flags(cls: type, skip: Sequence[str] = ()) -> type:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the string literal that follows each field in the source of ``cls``."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """Return the string literal that follows each field in the source of ``cls`` and of the dataclasses it extends."""
     docs = {}
-    for field, after in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-            target, text = field.target, after.value
-            if isinstance(target, ast.Name) and isinstance(text, ast.Constant):
-                docs[target.id] = inspect.cleandoc(str(text.value))
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, after in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                target, text = field.target, after.value
+                if isinstance(target, ast.Name) and isinstance(text, ast.Constant):
+                    docs[target.id] = inspect.cleandoc(str(text.value))
     return docs
 
 

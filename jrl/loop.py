@@ -89,8 +89,11 @@ def train(
     loggers: Sequence[Logger],
     show: Progress,
     stop: StopRequest,
+    extra: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Trained:
     """Train to ``record["env_steps"]`` environment steps, or until a stop is requested.
+
+    ``extra``: a row of metrics -> what to add to it.
 
     Raises:
         RunError: the warm-up alone takes as many steps.
@@ -129,6 +132,8 @@ def train(
             "env_steps_per_second": round(num_steps * per_step / max(now - last, 1e-9), 1),
             **reduce_rows(metrics),
         }
+        if extra is not None:
+            row |= extra(row)
         last = now
         for logger in loggers:
             logger.write(env_steps(after), row)

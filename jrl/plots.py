@@ -27,6 +27,7 @@ SINGLE = 7  # curves up to which each run is drawn for itself, and the legend fi
 class Curve:
     """One line of the plot, all arrays ``[n]``.
 
+    ``measure`` is ``episode_return``; of a language model ``validation_loss``, over tokens in place of steps.
     ``evaluation`` is the mean return of the final evaluation (None before a run's end).
     """
 
@@ -38,6 +39,7 @@ class Curve:
     evaluation: float | None
     group: str
     env: str
+    measure: str = "episode_return"
 
 
 def learning_curve(
@@ -68,6 +70,11 @@ def learning_curve(
             f"nothing to plot: no episode has ended yet in {', '.join(str(folder) for folder in folders)}. "
             "A curve needs at least one; resume the run or train for longer."
         )
+    measures = {curve.measure for curve in drawn}
+    if len(measures) > 1:
+        raise RunError(
+            "runs of language models and of environments have no axes in common: losses and returns; plot them apart."
+        )
     grouped = len(drawn) > SINGLE and len({curve.group for curve in drawn}) < len(drawn)
     if grouped:
         drawn = _group(drawn)
@@ -90,8 +97,10 @@ def learning_curve(
                 curve.env_steps[-1], curve.evaluation, "D", color=colour, markeredgecolor="white", ms=8,
                 clip_on=False, zorder=3,
             )  # fmt: skip
-    axes.set_ylabel("episode return")
+    axes.set_ylabel(measures.pop().replace("_", " "))
     over_env_steps(axes)
+    if drawn[0].measure == "validation_loss":
+        axes.set_xlabel("tokens")
     plain(axes)
     names = dict.fromkeys(curve.env for curve in drawn)
     axes.set_title(title if title is not None else ", ".join(names), loc="left", fontsize=11)
@@ -130,20 +139,23 @@ def save(figure: Figure, out: str | os.PathLike | None) -> None:
 def read(folder: str | os.PathLike) -> Curve:
     """Read the curve of a run folder; raises :class:`~jrl.records.RunError` if it is not one."""
     record = records.read_run(folder)
-    rows = [row for row in records.read_metrics(folder) if row.get("episode_return") is not None]
+    measure = "validation_loss" if "corpus" in record else "episode_return"
+    rows = [row for row in records.read_metrics(folder) if row.get(measure) is not None]
     summary = records.read_summary(folder) or {}
-    evaluation = (summary.get("evaluation") or {}).get("episode_return_mean")
-    mean = np.array([row["episode_return"] for row in rows], float)
+    final = measure if "corpus" in record else "episode_return_mean"
+    evaluation = (summary.get("evaluation") or {}).get(final)
+    mean = np.array([row[measure] for row in rows], float)
     algorithm, env = record["algorithm"]["name"], record["environment"]["name"]
     return Curve(
         label=Path(folder).resolve().name,
         env_steps=np.array([row["env_steps"] for row in rows], float),
         mean=mean,
-        low=np.array([row.get("episode_return_min", row["episode_return"]) for row in rows], float),
-        high=np.array([row.get("episode_return_max", row["episode_return"]) for row in rows], float),
+        low=np.array([row.get("episode_return_min", row[measure]) for row in rows], float),
+        high=np.array([row.get("episode_return_max", row[measure]) for row in rows], float),
         evaluation=evaluation,
         group=f"{algorithm}, {env}",
         env=env,
+        measure=measure,
     )
 
 
@@ -168,6 +180,7 @@ def _group(curves: list[Curve]) -> list[Curve]:
                 evaluation=float(np.mean(scores)) if scores else None,
                 group=group,
                 env=members[0].env,
+                measure=members[0].measure,
             )
         )
     return merged

@@ -82,8 +82,8 @@ class Lines(Silent):
         self._shown = part
         left = readable_duration(max(self._total - env_steps, 0) / rate) if rate else "?"
         print(
-            f"{env_steps:>13,} env steps {min(share, 1):>5.0%}   {self._best or 'return -':<18} "
-            f"{rate:>12,.0f} steps/s   {left} left",
+            f"{env_steps:>13,} {_unit(row, 'env steps')} {min(share, 1):>5.0%}   {self._best or 'return -':<18} "
+            f"{rate:>12,.0f} {_unit(row, 'steps')}/s   {left} left",
             flush=True,
         )
 
@@ -123,7 +123,7 @@ class Bar:
             self._task,
             completed=env_steps,
             episode_return=self._return or "return -",
-            speed=f"{row['env_steps_per_second']:,.0f} steps/s",
+            speed=f"{row['env_steps_per_second']:,.0f} {_unit(row, 'steps')}/s",
         )
 
     def message(self, text: str) -> None:
@@ -138,8 +138,17 @@ class Bar:
 def _return(row: Mapping[str, Any]) -> str:
     if "text" in row:  # a sweep says more than one return
         return str(row["text"])
+    if "model_flop_utilization" in row:  # a language model: what counts is the loss on text it has not seen
+        return (
+            f"loss {row['loss']:.3f}, validation {row['validation_loss']:.3f}, "
+            f"{row['model_flop_utilization']:.0%} of peak"
+        )
     value = row.get("episode_return")
     return "" if value is None else f"return {value:.4g}"
+
+
+def _unit(row: Mapping[str, Any], otherwise: str) -> str:
+    return "tokens" if "model_flop_utilization" in row else otherwise
 
 
 def readable_duration(seconds: float) -> str:
@@ -155,9 +164,10 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
     evaluation = summary.get("evaluation")
     if evaluation:
         lines.append(evaluation_line(evaluation))
+    unit = summary.get("unit", "env steps")
     lines.append(
-        f"training     {summary['env_steps']:,} env steps in {readable_duration(summary['train_seconds'])} "
-        f"({summary['env_steps_per_second']:,.0f} steps/s), "
+        f"training     {summary['env_steps']:,} {unit} in {readable_duration(summary['train_seconds'])} "
+        f"({summary['env_steps_per_second']:,.0f} {unit.removeprefix('env ')}/s), "
         f"after {summary['compile_seconds']:.1f} s of compiling"
     )
     if out is not None:
@@ -165,12 +175,18 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
         if summary["interrupted"]:
             lines.append(f"interrupted  continue with: jrl resume {out}")
         else:
-            lines.append(f"more         jrl eval {out}   jrl plot {out}   jrl resume {out} --env-steps N")
+            more = "jrl generate {0}   jrl plot {0}" if unit == "tokens" else "jrl eval {0}   jrl plot {0}"
+            lines.append(f"more         {more.format(out)}   jrl resume {out} --env-steps N")
     return "\n".join(lines)
 
 
 def evaluation_line(evaluation: Mapping[str, Any]) -> str:
     """Return one line on an evaluation."""
+    if "validation_loss" in evaluation:
+        return (
+            f"evaluation   validation loss {evaluation['validation_loss']:.4f} nats a token, perplexity "
+            f"{evaluation['perplexity']:.3f}, over {evaluation['num_tokens']:,} tokens"
+        )
     how = "greedy" if evaluation["greedy"] else "sampled actions"
     text = (
         f"evaluation   return {evaluation['episode_return_mean']:.4g} "

@@ -26,7 +26,7 @@ FORMAT, SWEEP_FORMAT = "jrl-run-1", "jrl-sweep-1"
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
 SWEEP, TABLE = "sweep.json", "table.csv"
 CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, TOKENIZER = "tensorboard", "jrl_tokenizer.json"
 
 
 class RunError(ValueError):
@@ -216,7 +216,7 @@ def _is_trace(entry: Path) -> bool:
     """Tell what a run that ended before it began leaves behind: nothing worth keeping."""
     if entry.name == CHECKPOINTS and entry.is_dir():
         return not any(entry.iterdir())
-    return entry.name == LOCK or entry.name.startswith((f".{RUN}.", f".{SWEEP}."))
+    return entry.name in (LOCK, TOKENIZER) or entry.name.startswith((f".{RUN}.", f".{SWEEP}."))
 
 
 def create(folder: Path) -> None:
@@ -231,7 +231,7 @@ def create(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed)."""
     try:
-        for name in (RUN, SWEEP, METRICS, SUMMARY, CURVE, TABLE):
+        for name in (RUN, SWEEP, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             if (folder / name).exists():

@@ -111,6 +111,11 @@ def matmul(shape: Shape) -> float:
     return 2.0 * b * m * n * k / min(seconds(*layout) for layout in layouts)
 
 
+def peak() -> float:
+    """Return operations per second of one large float32 product: what a utilisation is measured against."""
+    return matmul(_large_product())
+
+
 @functools.cache
 def tanh(size: int) -> float:
     """Return tanh per second."""

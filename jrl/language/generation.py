@@ -143,10 +143,12 @@ def generate(
         request, jnp.zeros((N,), jnp.int32), jax.tree.map(lambda leaf: leaf[request // S], read), cache,
         jnp.int32(N), empty,
     )  # fmt: skip
-    # Slots that can be given a new request in one step: twice what ends in a step, on average, if texts are long.
-    refilled = min(N, max(2, -(-2 * N // T)))
+    # Slots that can be given a new request in one step: more than end in one, on average, if texts have 8 tokens.
+    refilled = -(-N // 8)
 
     def step(loop: _Loop) -> _Loop:
+        if N < R:
+            loop = refill(loop)  # first: after reading the cache it would have to be copied
         keys = jax.vmap(jax.random.fold_in)(draw_keys[loop.request], loop.drawn)
         token, log_prob = draw(keys, loop.output.logits, sampling, settings.greedy)
         at = (loop.request, loop.drawn)
@@ -164,8 +166,7 @@ def generate(
         request = jnp.where(ended, R, loop.request)
         position = lengths[jnp.minimum(loop.request // S, G - 1)] + loop.drawn
         output, cache = transformer.decode(params, config, token, position, loop.cache)
-        loop = _Loop(request, jnp.where(request == R, 0, drawn), output, cache, loop.waiting, out)
-        return refill(loop) if N < R else loop
+        return _Loop(request, jnp.where(request == R, 0, drawn), output, cache, loop.waiting, out)
 
     def refill(loop: _Loop) -> _Loop:
         """Give up to ``refilled`` empty slots the next requests, their prompts already read."""
@@ -186,7 +187,7 @@ def generate(
             waiting=loop.waiting + (request < R).sum(),
         )
 
-    loop = jax.lax.while_loop(lambda loop: (loop.request < R).any(), step, start)
+    loop = jax.lax.while_loop(lambda loop: (loop.request < R).any() | (loop.waiting < R), step, start)
     return jax.tree.map(lambda leaf: leaf[:R], loop.out)
 
 

@@ -209,6 +209,19 @@ def num_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def flops_per_token(config: Config, length: int) -> float:
+    """Return the operations of the matrix products that one token takes forward; training takes three times as many.
+
+    ``2 · weights + 4 · layers · H · d · length``, every token attending to ``length`` others, as utilisation is usually
+    counted (Chowdhery et al., 2022, https://arxiv.org/abs/2204.02311, appendix B).
+    """
+    D, d, H, K, F = config.width, config.d, config.num_heads, config.num_kv_heads, config.mlp_width
+    gates = 2 if config.mlp == "swiglu" else 1
+    layer = D * (H + 2 * K) * d + H * d * D + D * gates * F + F * D
+    products = config.num_layers * layer + D * config.vocab_size * (1 + config.num_q_heads)
+    return 2.0 * products + 4.0 * config.num_layers * H * d * length
+
+
 # -------------------------------------------------------------------------------------------- whole texts
 
 

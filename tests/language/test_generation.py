@@ -1,6 +1,7 @@
 """Generation against a plain loop over whole texts, slots that are reused, and the distribution that is sampled."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,31 @@ def test_slots_that_are_reused_say_the_same(sampled):
     np.testing.assert_array_equal(few.finished, sampled.finished)
     np.testing.assert_allclose(few.log_prob, sampled.log_prob, atol=1e-5)
     np.testing.assert_allclose(few.value, sampled.value, atol=1e-5)
+
+
+def test_the_cache_is_written_in_place():
+    settings = Settings(max_new_tokens=10, end_token=END, num_samples=3, num_slots=2)
+    program = generator(settings).lower(jax.random.key(7), SHAPED).compile().as_text()
+    cache = r"f32\[2,1,4,13\]\S*"
+    assert re.search(rf"{cache} parameter", program), "the cache was not found: the test does not test"
+    assert not re.search(rf"= {cache} copy\(", program)
+
+
+def test_members_of_a_batch_are_the_same_texts_alone(sampled):
+    params, _ = model()
+    settings = Settings(max_new_tokens=10, end_token=END, num_samples=3)
+    keys = jnp.stack([jax.random.key(8), jax.random.key(7)])
+    both = jax.jit(
+        jax.vmap(
+            lambda key, sampling: generation.generate(
+                key, params, CONFIG, PROMPTS, LENGTHS, settings, sampling
+            ),
+            in_axes=(0, None),
+        )
+    )(keys, SHAPED)
+    np.testing.assert_array_equal(both.tokens[1], sampled.tokens)
+    np.testing.assert_allclose(both.log_prob[1], sampled.log_prob, atol=1e-5)
+    assert (both.tokens[0] != both.tokens[1]).any()
 
 
 def test_greedy_takes_the_most_probable_token_of_whole_texts():

@@ -8,7 +8,7 @@ import bundle
 import numpy as np
 import pytest
 
-from jrl.language import tokenizers
+from jrl.language import bpe, tokenizers
 from jrl.language.tokenizers import BPE, Byte, Char, Word
 
 GREEDY = [
@@ -20,7 +20,7 @@ GREEDY = [
     420, 268,
 ]  # fmt: skip
 TEXTS = ["", "the cat", "  the  cats,\n\tthe hat 12345", "Thé 你好 🙂 don't", "\u2581x <s> </s>", "é" * 40]
-LETTERS = {byte: letter for letter, byte in tokenizers._byte_letters().items()}
+LETTERS = {byte: letter for letter, byte in bpe.byte_letters().items()}
 
 
 def shown(data):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_tokenizers import GREEDY
 
-from jrl.language import generation, tokenizers, weights
+from jrl.language import generation, safetensors, tokenizers, weights
 from jrl.language.generation import Settings
 from jrl.networks import transformer
 
@@ -59,7 +59,7 @@ def test_a_folder_written_is_the_folder_read(kind, tmp_path):
         config, head_size=config.d
     )
     # The names are those of Hugging Face, their matrices (out, in) but for GPT-2's.
-    tensors = weights.read_safetensors(tmp_path / "model.safetensors")
+    tensors = safetensors.read(tmp_path / "model.safetensors")
     if kind == "gpt2":
         np.testing.assert_array_equal(tensors["h.1.attn.c_attn.weight"], params["layers"]["qkv"]["kernel"][1])
         np.testing.assert_array_equal(tensors["h.0.mlp.c_proj.bias"], params["layers"]["mlp_out"]["bias"][0])
@@ -75,7 +75,7 @@ def test_a_folder_written_is_the_folder_read(kind, tmp_path):
 def test_shards_half_precision_and_a_prefix_are_read(tmp_path):
     config, params = KINDS["gpt2"], params_of(KINDS["gpt2"])
     weights.write_folder(tmp_path, params, config, dtype=ml_dtypes.bfloat16)
-    tensors = weights.read_safetensors(tmp_path / "model.safetensors")
+    tensors = safetensors.read(tmp_path / "model.safetensors")
     assert {array.dtype for array in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
     tensors = {f"transformer.{name}": array for name, array in tensors.items()}
     tensors["transformer.h.0.attn.bias"] = np.ones((1, 1, 5, 5), bool)  # the causal mask, kept in old files
@@ -83,9 +83,7 @@ def test_shards_half_precision_and_a_prefix_are_read(tmp_path):
     names = sorted(tensors)
     where = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
     for file in set(where.values()):
-        weights.write_safetensors(
-            tmp_path / file, {name: tensors[name] for name in names if where[name] == file}
-        )
+        safetensors.write(tmp_path / file, {name: tensors[name] for name in names if where[name] == file})
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     again, _ = weights.read_folder(tmp_path)
     assert_equal(again, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params))
@@ -109,13 +107,13 @@ def test_safetensors_of_every_dtype(tmp_path):
         ]
     }
     arrays |= {"scalar": np.float32(3), "empty": np.zeros((0, 4), np.int32), "flag": np.array([True, False])}
-    weights.write_safetensors(tmp_path / "x.safetensors", arrays, {"note": "é"})
-    again = weights.read_safetensors(tmp_path / "x.safetensors")
+    safetensors.write(tmp_path / "x.safetensors", arrays, {"note": "é"})
+    again = safetensors.read(tmp_path / "x.safetensors")
     for name, array in arrays.items():
         assert again[name].dtype == array.dtype
         np.testing.assert_array_equal(again[name], array)
     with pytest.raises(ValueError, match="x has dtype complex64"):
-        weights.write_safetensors(tmp_path / "y.safetensors", {"x": np.zeros(1, np.complex64)})
+        safetensors.write(tmp_path / "y.safetensors", {"x": np.zeros(1, np.complex64)})
     assert not (tmp_path / "y.safetensors").exists()
 
 
@@ -123,13 +121,13 @@ def test_equals_the_safetensors_package(tmp_path):
     package = pytest.importorskip("safetensors.numpy")
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2], np.int64)}
     package.save_file(arrays, tmp_path / "theirs.safetensors")
-    weights.write_safetensors(tmp_path / "ours.safetensors", arrays)
-    for theirs, ours in ((weights.read_safetensors(tmp_path / "theirs.safetensors"), arrays),
+    safetensors.write(tmp_path / "ours.safetensors", arrays)
+    for theirs, ours in ((safetensors.read(tmp_path / "theirs.safetensors"), arrays),
                          (package.load_file(tmp_path / "ours.safetensors"), arrays)):  # fmt: skip
         assert_equal(theirs, ours)
 
 
-def safetensors(header, data=b"", length=None):
+def encoded(header, data=b"", length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -142,30 +140,30 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
     ("data", "text"),
     [
         (b"\0\0\0", "it has 3 bytes, and the length of the header alone takes 8"),
-        (safetensors({}, length=2**63), "its header is said to have 9223372036854775808 bytes, the file has 10"),
-        (safetensors(b"[1]"), "its header is no JSON object"),
-        (safetensors(b"{nonsense}"), "no intact safetensors file"),
-        (safetensors(b"[" * 100_000), "no intact safetensors file"),
-        (safetensors(b'{"a": {}, "a": {}}'), "its header has a name twice"),
-        (safetensors({"a": 3}), "not described by dtype, shape and data_offsets"),
-        (safetensors({"a": entry(dtype="F4")}, bytes(8)), "has dtype 'F4', known are F64"),
-        (safetensors({"a": entry(dtype=["F32"])}, bytes(8)), "has dtype"),
-        (safetensors({"a": entry(offsets=(0, 16))}, bytes(8)), "lies at 0 to 16, the file has 8 bytes of data"),
-        (safetensors({"a": entry(offsets=(8, 0))}, bytes(8)), "lies at 8 to 0"),
-        (safetensors({"a": entry(offsets=(-8, 0))}, bytes(8)), "must be a list of integers from 0 on"),
-        (safetensors({"a": entry(shape=(True,), offsets=(0, 4))}, bytes(4)), "must be a list of integers"),
-        (safetensors({"a": entry(shape=(2**40, 2**40))}, bytes(8)), "of shape .* takes 48357032784585166988247"),
-        (safetensors({"a": entry(shape=(1,) * 40, offsets=(0, 4))}, bytes(4)), "has 40 axes"),
-        (safetensors({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "'b' overlaps 'a'"),
-        (safetensors({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), "'b' leaves a gap after 'a'"),
-        (safetensors({"a": entry()}, bytes(12)), "4 bytes follow its last tensor"),
-        (safetensors({"a": entry(dtype="BOOL", offsets=(0, 2))}, b"\1\2"), "bytes that are neither 0 nor 1"),
+        (encoded({}, length=2**63), "its header is said to have 9223372036854775808 bytes, the file has 10"),
+        (encoded(b"[1]"), "its header is no JSON object"),
+        (encoded(b"{nonsense}"), "no intact safetensors file"),
+        (encoded(b"[" * 100_000), "no intact safetensors file"),
+        (encoded(b'{"a": {}, "a": {}}'), "its header has a name twice"),
+        (encoded({"a": 3}), "not described by dtype, shape and data_offsets"),
+        (encoded({"a": entry(dtype="F4")}, bytes(8)), "has dtype 'F4', known are F64"),
+        (encoded({"a": entry(dtype=["F32"])}, bytes(8)), "has dtype"),
+        (encoded({"a": entry(offsets=(0, 16))}, bytes(8)), "lies at 0 to 16, the file has 8 bytes of data"),
+        (encoded({"a": entry(offsets=(8, 0))}, bytes(8)), "lies at 8 to 0"),
+        (encoded({"a": entry(offsets=(-8, 0))}, bytes(8)), "must be a list of integers from 0 on"),
+        (encoded({"a": entry(shape=(True,), offsets=(0, 4))}, bytes(4)), "must be a list of integers"),
+        (encoded({"a": entry(shape=(2**40, 2**40))}, bytes(8)), "of shape .* takes 48357032784585166988247"),
+        (encoded({"a": entry(shape=(1,) * 40, offsets=(0, 4))}, bytes(4)), "has 40 axes"),
+        (encoded({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "'b' overlaps 'a'"),
+        (encoded({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), "'b' leaves a gap after 'a'"),
+        (encoded({"a": entry()}, bytes(12)), "4 bytes follow its last tensor"),
+        (encoded({"a": entry(dtype="BOOL", offsets=(0, 2))}, b"\1\2"), "bytes that are neither 0 nor 1"),
     ],
 )  # fmt: skip
 def test_hostile_safetensors_are_refused(data, text, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=text):
-        weights.read_safetensors(tmp_path / "x.safetensors")
+        safetensors.read(tmp_path / "x.safetensors")
 
 
 def test_damaged_files_are_errors_and_nothing_else(tmp_path):

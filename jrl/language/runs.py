@@ -1,0 +1,542 @@
+"""Runs of language models: ``jrl pretrain``, ``jrl distill``, ``jrl generate``, and models read back from their
+folders.
+
+A run's folder is that of any other (:mod:`jrl.records`), with the tokenizer beside it. Chunks, checkpoints, loggers
+and Ctrl-C are those of :mod:`jrl.driver`; what it counts as environment steps are tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import checkpoint, configuration, driver, flags, records
+from jrl.bench import calibrate
+from jrl.configuration import Setup
+from jrl.driver import RunResult, Task
+from jrl.interrupt import StopRequest, wait
+from jrl.language import data, distillation, generation, pretraining, tokenizers, weights
+from jrl.language.pretraining import Corpus
+from jrl.language.tokenizers import Tokenizer
+from jrl.networks import transformer
+from jrl.records import RunError
+from jrl.types import Discrete, Environment, Params
+
+KINDS: dict[str, Any] = {"pretrain": pretraining, "distill": distillation}
+"""``kind`` in ``run.json`` -> module."""
+_HEADS = ("value_head", "num_q_heads", "dueling")
+
+
+class Model(NamedTuple):
+    """A decoder with its tokenizer."""
+
+    params: Params
+    config: transformer.Config
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The run, beside the model's and the algorithm's own settings."""
+
+    corpus: str = data.BUILTIN
+    """Text to learn from: builtin (Python's help topics), or a UTF-8 file."""
+    out: Path | None = None
+    """Run folder, new or empty. Default: runs/lm, numbered if taken."""
+    tokenizer: str = "char"
+    """char (the characters of the corpus), byte, word, or the file or folder of another model's."""
+    model: Path | None = None
+    """A model to go on from: a run folder, or a folder in Hugging Face's layout. Brings its tokenizer and
+    architecture."""
+    tokens: int = 2_000_000
+    """Tokens to train for."""
+    seed: int = 0
+    """Everything random follows from it."""
+    validation: float = 0.1
+    """Share of the corpus, its end, that is not trained on."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints."""
+    keep: int = 3
+    """How many of the newest checkpoints stay."""
+    overwrite: bool = False
+    """Replace a run that is already in the run folder."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """auto: a bar on a terminal, lines elsewhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOptions(Options):
+    """The run, beside the student's and the algorithm's own settings."""
+
+    corpus: str = ""
+    """Text to learn from; the teacher's own by default."""
+    tokenizer: str = "teacher"
+    """The teacher's: the only one that fits."""
+    student_config: str = "{}"
+    """The student's architecture: JSON, or a file with it, of what differs from the teacher's, such as
+    {"num_layers": 2, "width": 64}."""
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def pretrain(args: Sequence[str], free_folder: Any) -> int:
+    """``jrl pretrain --corpus FILE ...``."""
+    architecture = flags.flags(transformer.Config, skip=("vocab_size", *_HEADS))
+    groups = [
+        flags.flags(Options),
+        architecture,
+        flags.flags(pretraining.Config),
+        flags.flags(pretraining.HParams),
+    ]
+    run, model, config, numbers = flags.parse_groups("jrl pretrain", pretraining.__doc__ or "", groups, args)
+    options = Options(**run)
+    start = load(options.model) if options.model else None
+    defaults = {field.name: field.default for field in dataclasses.fields(transformer.Config)}
+    for name, value in {"tokenizer": options.tokenizer, **model}.items():
+        if start and value != {"tokenizer": Options.tokenizer, **defaults}[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: the architecture and the tokenizer are those of --model "
+                f"{options.model}; leave it out."
+            )
+    text = data.read(options.corpus)
+    tokenizer = start.tokenizer if start else _tokenizer(options.tokenizer, text)
+    made = start.config if start else transformer.Config(vocab_size=tokenizer.vocab_size, **model)
+    result = train(
+        "pretrain",
+        text=text,
+        tokenizer=tokenizer,
+        model=made,
+        config=pretraining.Config(**config),
+        hparams=pretraining.HParams(**_annealed(numbers, options.tokens)),
+        options=dataclasses.replace(options, out=options.out or free_folder("lm")),
+        start=start,
+    )
+    return 130 if result.interrupted else 0
+
+
+def distill(args: Sequence[str], free_folder: Any) -> int:
+    """``jrl distill TEACHER --student-config JSON ...``."""
+    if not args or args[0].startswith("-"):
+        print(
+            "usage: jrl distill MODEL [--student-config JSON] [--out FOLDER] [...]\n\nMODEL is the teacher: the "
+            "folder of jrl pretrain, or one in Hugging Face's layout. `jrl distill . --help` lists every setting."
+        )
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    groups = [
+        flags.flags(DistillOptions, skip=("model",)),
+        flags.flags(distillation.Config),
+        flags.flags(distillation.HParams),
+    ]
+    run, config, numbers = flags.parse_groups(
+        "jrl distill MODEL", distillation.__doc__ or "", groups, args[1:]
+    )
+    options = DistillOptions(**run)
+    teacher = load(args[0])
+    corpus = options.corpus or _corpus_of(Path(args[0]))
+    result = train(
+        "distill",
+        text=data.read(corpus),
+        tokenizer=teacher.tokenizer,
+        model=_student(teacher.config, options.student_config),
+        config=distillation.Config(**config),
+        hparams=distillation.HParams(**_annealed(numbers, options.tokens)),
+        options=dataclasses.replace(
+            options, out=options.out or free_folder("distilled"), corpus=corpus, model=Path(args[0])
+        ),
+        start=teacher,
+    )
+    return 130 if result.interrupted else 0
+
+
+def generate(args: Sequence[str]) -> int:
+    """``jrl generate MODEL --prompt TEXT ...``."""
+    import tyro
+
+    def command(
+        path: Path,
+        prompt: str = "",
+        samples: int = 1,
+        tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        tokenizer: Path | None = None,
+    ) -> int:
+        """Continue a prompt with a language model.
+
+        Args:
+            path: folder of a run, folder in Hugging Face's layout, or llama2.c's .bin.
+            prompt: the text to continue; the empty one starts a new text.
+            samples: continuations.
+            tokens: the most tokens of each; by default what the context holds, at most 256.
+            temperature: flattens (above 1) or sharpens the distribution; 0 takes the most probable token.
+            top_k: draw among so many most probable tokens.
+            top_p: draw among the fewest most probable tokens whose probabilities sum to this.
+            seed: of the draws.
+            tokenizer: its file or folder, where it does not lie beside the model.
+        """
+        sampling = _sampling(temperature, top_k, top_p)
+        model = load(path, tokenizer)
+        texts, speed = say(
+            model,
+            prompt,
+            samples=samples,
+            tokens=tokens,
+            sampling=sampling,
+            greedy=temperature == 0,
+            seed=seed,
+        )
+        for i, text in enumerate(texts):
+            if samples > 1:
+                print(f"--- sample {i + 1}")
+            print(prompt + text)
+        print(speed)
+        return 0
+
+    return tyro.cli(command, prog="jrl generate", args=list(args), config=(tyro.conf.PositionalRequiredArgs,))
+
+
+# -------------------------------------------------------------------------------------------- generating
+
+
+def say(
+    model: Model,
+    prompt: str,
+    *,
+    samples: int = 1,
+    tokens: int | None = None,
+    sampling: generation.Sampling = generation.Sampling(),  # noqa: B008 - a constant
+    greedy: bool = False,
+    seed: int = 0,
+) -> tuple[list[str], str]:
+    """Return continuations of a prompt, and a line on how fast they came.
+
+    Raises:
+        ValueError: a character that the tokenizer has not, a prompt that fills the context, ``tokens`` that do not
+        fit.
+    """
+    read = model.tokenizer.encode(prompt)
+    if model.tokenizer.start_token >= 0:
+        read = [model.tokenizer.start_token, *read]
+    read = read or _beginning(model)
+    room = model.config.max_length - len(read)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(read)} tokens: the context holds max_length={model.config.max_length}, and a "
+            "continuation needs one at least; shorten the prompt."
+        )
+    new = min(room, 256) if tokens is None else tokens
+    generation.check_lengths(model.config, len(read), new)
+    settings = generation.Settings(
+        max_new_tokens=new, end_token=model.tokenizer.end_token, num_samples=samples, greedy=greedy
+    )
+    array = jnp.asarray([read], jnp.int32)
+
+    def run(key: Any, params: Params, sampling: generation.Sampling) -> generation.Generated:
+        return generation.generate(
+            key, params, model.config, array, jnp.array([len(read)]), settings, sampling
+        )
+
+    key = jax.random.key(seed)
+    compiled = jax.jit(run).lower(key, model.params, sampling).compile()
+    began = time.perf_counter()
+    texts = jax.block_until_ready(compiled(key, model.params, sampling))
+    seconds = time.perf_counter() - began
+    count = int(texts.length.sum())
+    used = count * transformer.flops_per_token(model.config, len(read) + new) / seconds / calibrate.peak()
+    said = [
+        # A model may have more tokens than its tokenizer names: padding, of which a trained one says none.
+        model.tokenizer.decode(
+            [token for token in row[:length].tolist() if token < model.tokenizer.vocab_size]
+        )
+        for row, length in zip(np.asarray(texts.tokens), texts.length.tolist(), strict=True)
+    ]
+    return said, f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s, {used:.1%} of peak"
+
+
+def _beginning(model: Model) -> list[int]:
+    """Return what an empty prompt is read as by a model without a start token: the end of a text, or of a line."""
+    if model.tokenizer.end_token >= 0:
+        return [model.tokenizer.end_token]
+    try:
+        return model.tokenizer.encode("\n") or [0]
+    except ValueError:
+        return [0]
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> generation.Sampling:
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature {temperature}: must be 0 (the most probable token) or above.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"--top-k {top_k}: must be at least 1.")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p {top_p}: must be above 0 and at most 1.")
+    return generation.Sampling(temperature or 1.0, top_k, top_p)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(
+    kind: str,
+    *,
+    text: str,
+    tokenizer: Tokenizer,
+    model: transformer.Config,
+    config: Any,
+    hparams: Any,
+    options: Options,
+    start: Model | None = None,
+) -> RunResult:
+    """Pretrain or distil a model into a new run folder.
+
+    Args:
+        kind: ``"pretrain"`` or ``"distill"``.
+        text: the corpus, what ``options.corpus`` names.
+        tokenizer: its tokens.
+        model: the architecture to learn.
+        config: of :mod:`jrl.language.pretraining` or :mod:`jrl.language.distillation`.
+        hparams: likewise.
+        options: the run; ``out`` is its folder, ``model`` where ``start`` was read from.
+        start: the model to go on from, or the teacher.
+
+    Raises:
+        ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse.
+    """
+    driver.check_numbers(tokens=options.tokens, seed=options.seed, keep=options.keep)
+    assert options.out is not None
+    records.check_new(options.out, options.overwrite)
+    teacher = None if start is None or kind == "pretrain" else start.config
+    from_path = None if options.model is None else str(options.model)
+    record: dict[str, Any] = {
+        "kind": kind,
+        "algorithm": {"name": kind, "module": KINDS[kind].__name__},
+        "environment": {"id": None, "name": Path(options.corpus).name, "kwargs": {}},
+        "corpus": {"name": str(options.corpus), "sha256": _sha256(text), "validation": options.validation},
+        "tokenizer": type(tokenizer).__name__,
+        "model": dataclasses.asdict(model),
+        "start": from_path,
+        "teacher": None if teacher is None else dataclasses.asdict(teacher),
+        "config": dataclasses.asdict(config),
+        "hparams": {name: float(value) for name, value in vars(hparams).items()},
+        "env_steps": options.tokens,
+        "seed": options.seed,
+        "eval_episodes": 0,
+        "checkpoint_every": None,
+        "checkpoint_seconds": options.checkpoint_seconds,
+        "keep": options.keep,
+    }
+    setup, task = _build(record, text, tokenizer, None if start is None else start.params)
+    shown = None if options.progress == "auto" else options.progress
+    return driver.start_run(setup, record, options.out, progress=shown, task=task)
+
+
+def resume(folder: Path, tokens: int | None = None, progress: str | None = None) -> RunResult:
+    """Continue a run to its end, or to a larger number of tokens, bit for bit; otherwise as :func:`jrl.resume`.
+
+    Raises:
+        RunError: as :func:`jrl.resume`, and where the corpus has changed.
+    """
+
+    def build(record: Mapping[str, Any]) -> tuple[Setup, Task]:
+        text = data.read(record["corpus"]["name"])
+        if _sha256(text) != record["corpus"]["sha256"]:
+            raise RunError(
+                f"corpus {record['corpus']['name']} has changed since the run in {folder} was started: it cannot go "
+                "on as it would have. Put the old text back, or start a new run with --model."
+            )
+        # Killed before its first checkpoint, it begins again from where it began.
+        again = record.get("start") is not None and not checkpoint.steps(folder / records.CHECKPOINTS)
+        return _build(record, text, tokenizers.read(folder), load(record["start"]).params if again else None)
+
+    return driver.resume_run(folder, tokens, build, progress=progress)
+
+
+def evaluate(folder: Path) -> dict[str, Any]:
+    """Return ``validation_loss``, ``perplexity`` and ``num_tokens`` of a run's model on its validation text."""
+    record, model = records.read_run(folder), load(folder)
+    _, validation = _corpora(record, data.read(record["corpus"]["name"]), model.tokenizer)
+    evaluation = _evaluate(record, model.config, model.params, validation)
+    assert evaluation is not None  # None is for a requested stop
+    return evaluation
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run of a language model."""
+    return (folder / records.RUN).exists() and records.read_run(folder).get("kind") in KINDS
+
+
+def load(path: str | Path, tokenizer: str | Path | None = None) -> Model:
+    """Read a model and its tokenizer: from a run folder, one in Hugging Face's layout, or llama2.c's ``.bin``.
+
+    Args:
+        path: the model.
+        tokenizer: where it does not lie in the folder, or beside a ``.bin`` as the only other one.
+
+    Raises:
+        ValueError: it is none of these, or malformed; the vocabularies of model and tokenizer differ.
+    """
+    path = Path(path)
+    if is_run(path):
+        record = records.read_run(path)
+        params, config = _restore(path, record), transformer.Config(**record["model"])
+    else:
+        params, config = weights.read(path)
+    if tokenizer is None:
+        tokenizer = path
+        if path.suffix == ".bin":
+            others = [other for other in path.parent.glob("*.bin") if other.name != path.name]
+            if len(others) != 1:
+                raise ValueError(
+                    f"{len(others)} .bin files lie beside {path}: say which is its tokenizer (--tokenizer)."
+                )
+            tokenizer = others[0]
+    model = Model(params, config, tokenizers.read(tokenizer))
+    if model.tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {model.tokenizer.vocab_size} tokens, the model {config.vocab_size}: it was made for "
+            "another model."
+        )
+    return model
+
+
+def _restore(folder: Path, record: Mapping[str, Any]) -> Params:
+    nothing = Corpus(np.zeros(record["model"]["max_length"] + 2, np.uint8))
+    module, config, model, hparams = _instances(record)
+    algo = _algorithm(record, module, nothing, None, model, config, None)
+    like = jax.eval_shape(algo.init, jax.random.key(0), hparams)
+    return checkpoint.restore(folder / records.CHECKPOINTS, like).params
+
+
+def _instances(record: Mapping[str, Any]) -> tuple[Any, Any, transformer.Config, Any]:
+    module = KINDS[record["kind"]]
+    hparams = module.HParams(**{name: jnp.float32(value) for name, value in record["hparams"].items()})
+    return module, module.Config(**record["config"]), transformer.Config(**record["model"]), hparams
+
+
+def _algorithm(
+    record: Mapping[str, Any],
+    module: Any,
+    corpus: Corpus,
+    validation: Corpus | None,
+    model: transformer.Config,
+    config: Any,
+    params: Params | None,
+) -> Any:
+    if record["kind"] == "pretrain":
+        return module.make(corpus, model, config, validation=validation, start=params)
+    teacher = transformer.Config(**record["teacher"])
+    return module.make(corpus, model, teacher, params, config, validation=validation)
+
+
+def _build(
+    record: Mapping[str, Any], text: str, tokenizer: Tokenizer, params: Params | None
+) -> tuple[Setup, Task]:
+    module, config, model, hparams = _instances(record)
+    train, validation = _corpora(record, text, tokenizer)
+    algo = _algorithm(record, module, train, validation, model, config, params)
+    nothing: Any = None  # a corpus is no environment, and no one steps it
+    env = Environment(
+        nothing, nothing, (), nothing, Discrete(model.vocab_size), record["environment"]["name"]
+    )
+    setup = Setup(algo, env, config, hparams, record["kind"], module.__name__, None, {})
+    length = config.sequence_length or model.max_length
+    flops = 3 * transformer.flops_per_token(model, length)
+    if record["kind"] == "distill":
+        flops += transformer.flops_per_token(transformer.Config(**record["teacher"]), length)
+    peak = calibrate.peak()
+
+    def extra(row: dict[str, Any]) -> dict[str, Any]:
+        rate = row["env_steps_per_second"]
+        return {"tokens_per_second": rate, "model_flop_utilization": round(rate * flops / peak, 4)}
+
+    def evaluate_state(state: Any, stop: StopRequest) -> dict[str, Any] | None:
+        return _evaluate(record, model, state.params, validation, stop)
+
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
+    summary = {
+        "unit": "tokens",
+        "num_params": transformer.num_params(shapes),
+        "flops_per_token": flops,
+        "peak_flops_per_second": peak,
+    }
+    return setup, Task(lambda folder: tokenizers.write(tokenizer, folder), evaluate_state, extra, summary)
+
+
+def _evaluate(
+    record: Mapping[str, Any],
+    model: transformer.Config,
+    params: Params,
+    validation: Corpus,
+    stop: StopRequest | None = None,
+) -> dict[str, Any] | None:
+    config = pretraining.Config(batch_size=64, sequence_length=record["config"]["sequence_length"])
+    loss = jax.jit(lambda params: pretraining.evaluate(params, model, validation, config))(params)
+    wait(loss, stop, leave_early=True)
+    if stop is not None and stop.requested:
+        return None
+    return {
+        "validation_loss": float(loss),
+        "perplexity": float(np.exp(float(loss))),
+        "num_tokens": len(validation.tokens) - 1,
+    }
+
+
+def _corpora(record: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+    return data.stream(tokenizer.encode(text), tokenizer, record["corpus"]["validation"])
+
+
+def _tokenizer(name: str, text: str) -> Tokenizer:
+    known: dict[str, Callable[[], Tokenizer]] = {
+        "char": lambda: tokenizers.Char.of(text),
+        "byte": lambda: tokenizers.Byte(()),
+        "word": lambda: tokenizers.Word.of(text),
+    }
+    return known[name]() if name in known else tokenizers.read(name)
+
+
+def _annealed(numbers: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Anneal over the whole run where nothing else is said."""
+    return numbers | ({} if numbers["anneal_tokens"] else {"anneal_tokens": float(tokens)})
+
+
+def _student(teacher: transformer.Config, given: str) -> transformer.Config:
+    text = Path(given).read_text(encoding="utf-8") if given.endswith(".json") else given
+    try:
+        changes = json.loads(text)
+        if not isinstance(changes, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ValueError(
+            f'--student-config {given} is no JSON object ({error}); write for instance {{"width": 64}}.'
+        ) from error
+    fields = [field.name for field in dataclasses.fields(teacher)]
+    for name in changes:
+        if name not in fields:
+            raise ValueError(
+                f"--student-config has no field {name!r}. {configuration.nearest(name, fields)}They are {fields}."
+            )
+    return dataclasses.replace(teacher, **changes)
+
+
+def _corpus_of(folder: Path) -> str:
+    if not is_run(folder):
+        raise ValueError(
+            f"{folder} is no run of jrl, so that it does not say what it was trained on: pass --corpus."
+        )
+    return records.read_run(folder)["corpus"]["name"]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""The commands: pretrain, resume, eval, generate, distill; bad input in one line each."""
+
+import json
+import os
+import shutil
+
+import bundle
+import jax
+import numpy as np
+import pytest
+
+import jrl
+from jrl import cli, plots, records
+from jrl.language import runs, weights
+
+MODEL = ["--num-layers", "1", "--num-heads", "2", "--num-kv-heads", "1", "--width", "8", "--mlp-width", "8"]
+TINY = [*MODEL, "--max-length", "8", "--batch-size", "4", "--updates-per-step", "2", "--progress", "lines"]
+STEP = 4 * 2 * 8  # tokens
+FIXED = ["--anneal-tokens", str(8 * STEP)]
+TEXT = "to be or not to be, that is the question\n" * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus, and a run of four steps on it."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "corpus.txt").write_text(TEXT)
+    assert pretrain(folder, "lm", 4) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "NPROC"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+
+
+def pretrain(folder, out, steps, *more):
+    corpus = [
+        "--corpus",
+        str(folder / "corpus.txt"),
+        "--out",
+        str(folder / out),
+        "--tokens",
+        str(steps * STEP),
+    ]
+    return cli.main(["pretrain", *corpus, *TINY, *FIXED, *more])
+
+
+def fails(capsys, *args):
+    assert cli.main([str(arg) for arg in args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_leaves_what_a_run_leaves(folder):
+    record, summary = records.read_run(folder / "lm"), records.read_summary(folder / "lm")
+    rows = records.read_metrics(folder / "lm")
+    assert [row["env_steps"] for row in rows] == [STEP, 2 * STEP, 3 * STEP, 4 * STEP]
+    for row in rows:
+        assert row["tokens_per_second"] == row["env_steps_per_second"] > 0
+        used = row["tokens_per_second"] * summary["flops_per_token"] / summary["peak_flops_per_second"]
+        assert row["model_flop_utilization"] == pytest.approx(used, abs=1e-4)
+        assert {"loss", "validation_loss", "learning_rate", "grad_norm"} <= set(row)
+    assert (record["kind"], record["tokenizer"]) == ("pretrain", "Char")
+    assert record["model"]["vocab_size"] == len(set(TEXT))
+    assert summary["evaluation"]["num_tokens"] == len(TEXT) - int(len(TEXT) * 0.9) - 1
+    assert summary["unit"] == "tokens"
+    curve = plots.read(folder / "lm")
+    assert (curve.measure, curve.env) == ("validation_loss", "corpus.txt")
+    assert curve.mean.tolist() == [row["validation_loss"] for row in rows]
+    assert curve.evaluation == summary["evaluation"]["validation_loss"]
+    assert (folder / "lm" / "learning_curve.png").exists()
+    assert not summary["interrupted"]
+
+
+def test_a_resumed_run_ends_in_the_same_bits(folder, capsys):
+    assert pretrain(folder, "whole", 8) == 0
+    assert pretrain(folder, "parts", 4) == 0
+    assert cli.main(["resume", str(folder / "parts"), "--env-steps", str(8 * STEP)]) == 0
+    whole, parts = runs.load(folder / "whole"), runs.load(folder / "parts")
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    losses = [[row["loss"] for row in records.read_metrics(folder / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    capsys.readouterr()
+    assert cli.main(["resume", str(folder / "parts")]) == 0
+    assert f"already finished: {8 * STEP} tokens" in capsys.readouterr().out
+
+
+def test_eval_says_what_the_summary_says(folder, capsys):
+    assert cli.main(["eval", str(folder / "lm")]) == 0
+    loss = records.read_summary(folder / "lm")["evaluation"]["validation_loss"]
+    assert f"validation loss {loss:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt_as_often_as_asked(folder, capsys):
+    assert cli.main(["generate", str(folder / "lm"), "--prompt", "to", "--samples", "3", "--top-k", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("--- sample") == 3
+    assert out.count("\nto") == 3
+    assert "18 tokens in " in out  # 3 × (8 − 2): the context is full then
+    assert "tokens/s" in out
+    once = ["generate", str(folder / "lm"), "--temperature", "0", "--tokens", "4"]
+    said = []
+    for seed in ("1", "2"):
+        assert cli.main([*once, "--seed", seed]) == 0
+        said.append(capsys.readouterr().out.rpartition("\n4 tokens in")[0])
+    assert said[0] == said[1]
+    assert len(said[0]) == 4
+
+
+def test_distill_learns_from_the_run(folder, tmp_path):
+    student = json.dumps({"width": 4, "num_heads": 1})
+    code = cli.main(["distill", str(folder / "lm"), "--student-config", student, "--out", str(tmp_path / "small"),
+                     "--tokens", str(2 * STEP), *TINY[-6:]])  # fmt: skip
+    assert code == 0
+    small, teacher = runs.load(tmp_path / "small"), runs.load(folder / "lm")
+    assert (small.config.width, small.config.num_layers) == (4, 1)
+    assert small.params["embedding"].shape == (len(set(TEXT)), 4)
+    assert small.tokenizer == teacher.tokenizer
+    row = records.read_metrics(tmp_path / "small")[-1]
+    assert {"divergence", "validation_loss", "model_flop_utilization"} <= set(row)
+    # The teacher is in the checkpoint: nothing else is needed to go on.
+    assert cli.main(["resume", str(tmp_path / "small"), "--env-steps", str(3 * STEP)]) == 0
+
+
+def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, capsys):
+    model = runs.load(folder / "lm")
+    weights.write_folder(tmp_path / "llama", model.params, model.config)
+    (tmp_path / "llama" / "jrl_tokenizer.json").write_bytes(
+        (folder / "lm" / "jrl_tokenizer.json").read_bytes()
+    )
+    code = cli.main(["pretrain", "--corpus", str(folder / "corpus.txt"), "--out", str(tmp_path / "tuned"), "--tokens",
+                     "64", "--model", str(tmp_path / "llama"), "--learning-rate", "0", "--learning-rate-end", "0",
+                     *TINY[-6:]])  # fmt: skip
+    assert code == 0
+    jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
+    # A run killed before its first checkpoint begins where it began, not anywhere.
+    shutil.rmtree(tmp_path / "tuned" / "checkpoints")
+    assert cli.main(["resume", str(tmp_path / "tuned")]) == 0
+    jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
+    stories = bundle.path("stories260K/stories260K.bin")
+    capsys.readouterr()
+    assert cli.main(["generate", str(stories), "--temperature", "0", "--tokens", "117"]) == 0
+    expected = bundle.path("stories260K/expected_greedy.txt").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_bad_input_is_one_line(folder, tmp_path, capsys):
+    lm = folder / "lm"
+    assert "the prompt has 9 tokens: the context holds max_length=8" in fails(
+        capsys, "generate", lm, "--prompt", "to be or "
+    )
+    error = fails(capsys, "generate", lm, "--prompt", "to", "--tokens", "7")
+    assert "a prompt of 2 tokens and 7 new ones: the context holds max_length=8" in error
+    assert "the character 'X' is not in the alphabet" in fails(capsys, "generate", lm, "--prompt", "X")
+    assert "--temperature -1.0: must be 0" in fails(capsys, "generate", lm, "--temperature", "-1")
+    assert "--top-p 0.0: must be above 0" in fails(capsys, "generate", lm, "--top-p", "0")
+    assert "is no model folder: it has no config.json" in fails(capsys, "generate", tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    assert "is empty: a model needs text" in fails(capsys, "pretrain", "--corpus", tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "is not UTF-8: byte 0xe9 at 3" in fails(capsys, "pretrain", "--corpus", tmp_path / "latin.txt")
+    error = fails(capsys, "distill", lm, "--student-config", '{"widht": 4}', "--out", tmp_path / "x")
+    assert "no field 'widht'. Nearest: width" in error
+    assert "is no JSON object" in fails(
+        capsys, "distill", lm, "--student-config", "small", "--out", tmp_path / "x"
+    )
+    corpus = tmp_path / "short.txt"
+    corpus.write_text("to be " * 10)
+    error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", "--max-length", "64")
+    assert "a corpus of 54 tokens is shorter than a window of sequence_length=64" in error
+    assert not (tmp_path / "y").exists()
+    error = fails(capsys, "pretrain", "--model", lm, "--num-layers", "2", "--out", tmp_path / "y")
+    assert "--num-layers 2: the architecture and the tokenizer are those of --model" in error
+    with pytest.raises(records.RunError, match="this is a run of a language model"):
+        jrl.resume(lm)
+    error = fails(capsys, "pretrain", "--corpus", corpus, "--out", lm)
+    assert "already holds a run" in error
+
+
+def test_a_corpus_that_has_changed_is_noticed(folder, capsys):
+    (folder / "corpus.txt").write_text(TEXT + "!")
+    error = fails(capsys, "resume", folder / "lm", "--env-steps", 5 * STEP)
+    (folder / "corpus.txt").write_text(TEXT)
+    assert "has changed since the run" in error
