@@ -157,6 +157,21 @@ SMALL = {
     "hidden_sizes": (64, 64),
 }
 DEEP_SEA = {"warmup_env_steps": 500, "capacity": 50_000, "batch_size": 64, "hidden_sizes": (64, 64)}
+BARE = {"layer_norm": False}  # which would divide the noise on the first layers away
+MOUNTAIN_CAR = {
+    "num_envs": 8,
+    "unroll_length": 2,
+    "num_updates": 4,
+    "batch_size": 64,
+    "hidden_sizes": (64, 64),
+}
+MOUNTAIN_CAR_NUMBERS = {
+    "learning_rate": 1e-3,
+    "anneal_env_steps": 2e5,
+    "target_period": 600.0,
+    "epsilon_env_steps": 3e4,
+    "epsilon_end": 0.02,
+}
 NOISY = {"epsilon_start": 0.0, "epsilon_end": 0.0}
 RANDOM = {"epsilon_start": 1.0, "epsilon_end": 1.0}
 DRAWS = RANDOM | {
@@ -174,7 +189,8 @@ def distribution(name: str, source: str, **choices: Any) -> Ablation:
         two_draws,
         {
             "plain (the mean alone)": (SMALL, DRAWS),
-            name: (SMALL | choices, DRAWS | {"value_min": -2.0, "value_max": 10.0}),
+            # Quantiles of a sharp loss: with δ = 1, as for Atari, they are smoothed over about ± 1.
+            name: (SMALL | choices, DRAWS | {"value_min": -2.0, "value_max": 10.0, "huber_delta": 0.05}),
         },
         100_000,
         ylabel="Wasserstein distance to the true distribution",
@@ -247,11 +263,22 @@ ABLATIONS = {
         "Fortunato et al., 2018",
         lambda: jrl.make("DeepSea-bsuite"),
         {
-            "plain, ε = 0.05": (DEEP_SEA, {"epsilon_start": 0.05, "anneal_env_steps": 0.0}),
-            "noisy": (DEEP_SEA | {"noisy": True}, NOISY | {"anneal_env_steps": 0.0}),
+            "plain, ε = 0.05": (DEEP_SEA | BARE, {"epsilon_start": 0.05, "anneal_env_steps": 0.0}),
+            "noisy": (DEEP_SEA | BARE | {"noisy": True}, NOISY | {"anneal_env_steps": 0.0}),
         },
         50_000,
         seeds=8,
+    ),
+    "persistent": Ablation(
+        "MountainCar, where independent random actions cancel out: who gets to the top?",
+        "Dabney et al., 2021",
+        lambda: jrl.make("MountainCar-v0"),
+        {
+            label: (MOUNTAIN_CAR | {"persistent": label == "persistent"}, MOUNTAIN_CAR_NUMBERS)
+            for label in ("plain", "persistent")
+        },
+        150_000,
+        seeds=4,
     ),
     "munchausen": Ablation(
         "Two arms that differ by 0.1: how far apart are their values? (0.1 / (1 − α))",
@@ -341,25 +368,26 @@ def plot(record: dict[str, Any]) -> Figure:
         axes[0].plot(steps, values.mean(0), color=colour, label=label)
         axes[0].fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
         if label in distributions:
-            value, probability = np.array(distributions[label])
-            order = np.argsort(value)
-            axes[1].step(value[order], probability[order].cumsum(), where="post", color=colour, label=label)
+            axes[1].step(*cumulative(*distributions[label]), where="post", color=colour, label=label)
     if record["expected"] is not None:
         axes[0].axhline(record["expected"], color="black", lw=0.8, ls=":")
     axes[0].set(xlabel="environment steps", ylabel=record["ylabel"])
     axes[0].legend(frameon=False)
     if distributions:
-        value, probability = true_distribution()
-        order = np.argsort(value)
-        axes[1].step(
-            value[order], probability[order].cumsum(), where="post", color="black", ls=":", label="true"
-        )
+        axes[1].step(*cumulative(*true_distribution()), where="post", color="black", ls=":", label="true")
         axes[1].set(xlabel="return", ylabel="probability of at most this return", xlim=(-2.5, 10.5))
         axes[1].legend(frameon=False)
     figure.suptitle(
         f"{record['question']}\n{record['source']}; {record['seeds']} seeds, mean and range", fontsize=10
     )
     return figure
+
+
+def cumulative(value: Any, probability: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps of a distribution function from below its support to above it."""
+    order = np.argsort(value)
+    value, total = np.asarray(value)[order], np.asarray(probability)[order].cumsum()
+    return np.concatenate([[-3.0], value, [11.0]]), np.concatenate([[0.0], total, total[-1:]])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """jrl against another library, in turn: A B A B, each in its own interpreter, on the same pinned cores.
 
     python benchmarks/against_peers.py purejaxrl-ppo --peer-path CLONE --peer-python PYTHON --core 0
+    python benchmarks/against_peers.py purejaxql-pqn --peer-path CLONE --peer-python PYTHON --core 0
     python benchmarks/against_peers.py rejax-dqn --peer-python PYTHON --core 0
     python benchmarks/against_peers.py purejaxrl-ppo ... --num-envs 4 --seeds 32 --devices 2 --core 0,1
     python benchmarks/against_peers.py purejaxrl-ppo ... --devices 2 --core 0,1
@@ -10,7 +11,7 @@
     python benchmarks/against_peers.py purejaxrl-dqn ... --memory
 
 The other library is imported by an interpreter that has it (PyPI: rejax, stable-baselines3, sbx-rl) or that has
-what it needs, from a clone (``--peer-path``: PureJaxRL, Stoix); see ``peers/``, one adapter each. Both sides
+what it needs, from a clone (``--peer-path``: PureJaxRL, purejaxql, Stoix); see ``peers/``, one adapter each. Both sides
 train on the same environment with the same network sizes, hyperparameters and number of environment steps.
 
 A repeat is a whole training from a fresh key, compiled beforehand, timed until its results are ready. Then what

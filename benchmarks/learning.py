@@ -54,6 +54,27 @@ ROWS = {
     "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
     "pqn-cartpole": Row("pqn", "CartPole-v1", 500_000, 495.0),
     "dqn-acrobot": Row("dqn", "Acrobot-v1", 500_000, -82.0),
+    "dqn-mountaincar": Row(
+        "dqn",
+        "MountainCar-v0",
+        200_000,
+        -110.0,
+        {
+            "num_envs": 8,
+            "unroll_length": 2,
+            "num_updates": 4,
+            "batch_size": 64,
+            "hidden_sizes": (64, 64),
+            "persistent": True,
+        },
+        {
+            "learning_rate": 1e-3,
+            "anneal_env_steps": 2e5,
+            "target_period": 600.0,
+            "epsilon_env_steps": 3e4,
+            "epsilon_end": 0.02,
+        },
+    ),
     "dqn-catch": Row(
         "dqn",
         "Catch-bsuite",
@@ -105,7 +126,13 @@ ROWS = {
         "Acrobot-v1",
         500_000,
         -78.0,
-        {"normalize_observations": True},
+        {
+            "num_epochs": 10,
+            "num_minibatches": 8,
+            "normalize_observations": True,
+            "normalize_rewards": True,
+            "clip_value": False,
+        },
         {"anneal_env_steps": 5e5, "entropy_coef": 0.0},
     ),
     "ppo-catch": Row("ppo", "Catch-bsuite", 500_000, 1.0),
@@ -115,7 +142,14 @@ ROWS = {
     "ppo-memorychain": Row("ppo", "MemoryChain-bsuite", 200_000, 1.0, {}, {"anneal_env_steps": 2e5}),
     "sac-pendulum": Row("sac", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
     "td3-pendulum": Row("td3", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
-    "a2c-cartpole": Row("a2c", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
+    "a2c-cartpole": Row(
+        "a2c",
+        "CartPole-v1",
+        500_000,
+        495.0,
+        {"unroll_length": 128},
+        {"learning_rate": 7e-3, "anneal_env_steps": 5e5, "max_grad_norm": 10.0},
+    ),
     "reinforce-cartpole": Row("reinforce", "CartPole-v1", 500_000, 495.0, {}, {"anneal_env_steps": 5e5}),
     "ppo-breakout-minatar": Row(
         "ppo",
@@ -213,10 +247,11 @@ def table() -> str:
         record = json.loads(path.read_text())
         memory = f" with {record['config']['memory'].upper()}" if "memory" in record["config"] else ""
         low, high = record["iqm_interval_95"]
-        interval = f" [{low:.1f}, {high:.1f}]" if record["seeds"] > 2 else ""
+        digits = 1 if abs(record["goal"]) >= 10 else 2  # a return of 0.99 is not one of 1.0
+        interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if record["seeds"] > 2 else ""
         lines.append(
             f"| {record['algorithm'].upper()}{memory} | {record['env']} | {record['env_steps']:,} | {record['seeds']} "
-            f"| {record['iqm']:.1f}{interval} | {record['worst']:.1f} | {record['goal']:g} |"
+            f"| {record['iqm']:.{digits}f}{interval} | {record['worst']:.{digits}f} | {record['goal']:g} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,9 +2,11 @@
 
     python benchmarks/throughput.py ppo --num-envs 64 --unroll-length 128 --core 0
     python benchmarks/throughput.py dqn --num-envs 10 --core 0
+    python benchmarks/throughput.py pqn --core 0
     python benchmarks/throughput.py compile --algorithm ppo --core 0
     python benchmarks/throughput.py dqn-capacity --core 0
     python benchmarks/throughput.py dqn-prioritized --capacity 1000000 --fill --core 0
+    python benchmarks/throughput.py dqn-rainbow --core 0
     python benchmarks/throughput.py ppo-memory --memory gru --steps 10 --core 0
 
 A repeat is a whole training from a fresh key, initialisation and (DQN) warm-up included, compiled beforehand
@@ -67,6 +69,8 @@ class Work:
 DEFAULTS = {
     "ppo": Work("ppo"),
     "dqn": Work("dqn", env_steps=100_000, num_envs=10, unroll_length=1),
+    # PQN's own defaults.
+    "pqn": Work("pqn", num_envs=128, unroll_length=32, num_epochs=2, num_minibatches=32, learning_rate=5e-4),
 }
 
 
@@ -95,6 +99,15 @@ def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
         )
         hparams = jrl.ppo.HParams(learning_rate=work.learning_rate, anneal_env_steps=work.env_steps)
         algo, warmup = jrl.ppo.make(env, config), 0
+    elif work.algorithm == "pqn":
+        config = jrl.pqn.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            num_epochs=work.num_epochs,
+            num_minibatches=work.num_minibatches,
+        )
+        hparams = jrl.pqn.HParams(learning_rate=work.learning_rate, anneal_env_steps=work.env_steps)
+        algo, warmup = jrl.pqn.make(env, config), 0
     else:
         config = jrl.dqn.Config(
             num_envs=work.num_envs,
@@ -102,9 +115,7 @@ def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
             batch_size=work.batch_size,
             capacity=work.capacity,
             warmup_env_steps=work.warmup_env_steps,
-            double=False,
-            layer_norm=False,
-            **choices,
+            **{"double": False, "layer_norm": False, **choices},
         )
         hparams = jrl.dqn.HParams(
             learning_rate=work.learning_rate,
@@ -232,6 +243,20 @@ def measure_prioritized(work: Work, steps: int, repeats: int, fill: bool) -> dic
     }
 
 
+def measure_rainbow(work: Work, steps: int, repeats: int, fill: bool) -> dict[str, Any]:
+    """Time the steps of plain DQN and of Rainbow in turn; see :func:`measure_steps`."""
+    from jrl import dqn, rainbow
+
+    one = with_capacity(work, work.capacity, fill)
+    plain, all_six = dataclasses.asdict(dqn.Config()), dataclasses.asdict(rainbow.Config())
+    choices = {name: value for name, value in all_six.items() if value != plain[name]}
+    return {
+        **header("dqn-rainbow", work),
+        "choices": choices,
+        **measure_steps([(one, {}), (one, {"double": True, **choices})], steps, repeats),
+    }
+
+
 def measure_memory(work: Work, memory: str, steps: int, repeats: int) -> dict[str, Any]:
     """Time the steps of PPO without and with a memory in turn; see :func:`measure_steps`."""
     sides = [(work, {}), (work, {"memory": memory})]
@@ -298,7 +323,7 @@ def compile_once(work: Work) -> dict[str, Any]:
 
     import jrl
 
-    jrl.ppo, jrl.dqn  # noqa: B018 - lazy: importing them is not compiling
+    jrl.ppo, jrl.dqn, jrl.pqn  # noqa: B018 - lazy: importing them is not compiling
     jax.devices()
     import_seconds = time.perf_counter() - began
     training = Training(work)
@@ -317,7 +342,7 @@ def measure_compile(work: Work, repeats: int) -> dict[str, Any]:
     return {**header("compile", work), **summary, "repeats": rows}
 
 
-STEPS = ("dqn-capacity", "dqn-prioritized", "ppo-memory")
+STEPS = ("dqn-capacity", "dqn-prioritized", "dqn-rainbow", "ppo-memory")
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:
@@ -346,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("ppo", "dqn", "compile", *STEPS))
+    parser.add_argument("what", nargs="?", choices=(*DEFAULTS, "compile", *STEPS))
     add_work_flags(parser)
     parser.add_argument("--algorithm", choices=tuple(DEFAULTS), default="ppo", help="for compile")
     parser.add_argument("--repeats", type=int, default=5)
@@ -362,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compile_once(Work(**json.loads(arguments.compile_once)))))
         return
     if arguments.what is None:
-        parser.error("say what to measure: ppo, dqn, compile, dqn-capacity, dqn-prioritized or ppo-memory")
+        parser.error(f"say what to measure: {', '.join((*DEFAULTS, 'compile', *STEPS))}")
     pin(arguments.core)
     from jrl import xla
 
@@ -373,10 +398,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         how = arguments.steps, arguments.repeats, arguments.fill
         if name == "dqn-capacity":
             record = measure_capacity(work, arguments.capacities, *how)
-        elif name == "dqn-prioritized":
-            record = measure_prioritized(work, *how)
-        else:
+        elif name == "ppo-memory":
             record = measure_memory(work, arguments.memory, arguments.steps, arguments.repeats)
+        else:
+            record = {"dqn-prioritized": measure_prioritized, "dqn-rainbow": measure_rainbow}[name](
+                work, *how
+            )
         print(f"ratio {record['ratio']}, of processor time {record['cpu_ratio']}")
     elif arguments.what == "compile":
         record = measure_compile(work_from(arguments, arguments.algorithm), arguments.repeats)

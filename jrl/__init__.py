@@ -37,13 +37,16 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "tabular": ("jrl.algos.tabular", None),
     "monte_carlo": ("jrl.algos.monte_carlo", None),
     "linear": ("jrl.algos.linear", None),
-    "language": ("jrl.language", None),
     "grpo": ("jrl.language.grpo", None),
+    "language": ("jrl.language", None),
     "token_dqn": ("jrl.language.token_dqn", None),
     "train": ("jrl.training", "train"),
     "evaluate": ("jrl.training", "evaluate"),
     "EpisodeStats": ("jrl.training", "EpisodeStats"),
     "parallel": ("jrl.parallel", None),
+    "inspection": ("jrl.inspection", None),
+    "stages": ("jrl.stages", None),
+    "warm_start": ("jrl.stages", "warm_start"),
     # ring 3
     "sweep": ("jrl.sweep", None),
     "run": ("jrl.driver", "run"),
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from jrl import (
         checkpoint,
         envs,
+        inspection,
         language,
         networks,
         normalize,
@@ -99,6 +103,7 @@ if TYPE_CHECKING:
         parallel,
         replay,
         rollout,
+        stages,
         sweep,
         testing,
         types,
@@ -120,6 +125,7 @@ if TYPE_CHECKING:
     from jrl.driver import resume, run
     from jrl.envs import make
     from jrl.language import grpo, token_dqn
+    from jrl.stages import warm_start
     from jrl.training import EpisodeStats, evaluate, train
     from jrl.types import (
         Algorithm,

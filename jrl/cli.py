@@ -31,6 +31,7 @@ usage: jrl COMMAND ...
   distill MODEL              train a smaller one to say what it says
   eval RUN                   play episodes with a run's policy
   plot RUN [RUN ...]         draw learning curves into one PNG
+  inspect RUN                draw a run's values and advantages along an episode, and on a grid
   compare A B [...]          statistics of sweeps or runs side by side, with intervals and figures
   envs                       list environments
   algos                      list algorithms
@@ -360,6 +361,29 @@ def plot(args: Sequence[str]) -> int:
     return _run("plot", command, args)
 
 
+def inspect(args: Sequence[str]) -> int:
+    """``jrl inspect RUN``."""
+
+    def command(path: Path, steps: int = 200, seed: int = 0, step: int | None = None) -> int:
+        """Draw what a run's policy expects: values and advantages along an episode, and on a grid.
+
+        Args:
+            path: run folder; the figures are written into it.
+            steps: of the episode.
+            seed: of the episode.
+            step: the checkpoint, by the number of its folder; the newest by default.
+        """
+        from jrl import inspection_plots
+
+        if steps < 1:
+            raise ValueError(f"--steps {steps}: must be at least 1.")
+        for file in inspection_plots.inspect(path, num_steps=steps, seed=seed, step=step):
+            print(file)
+        return 0
+
+    return _run("inspect", command, args)
+
+
 def compare(args: Sequence[str]) -> int:
     """``jrl compare A B [...]``."""
 
@@ -488,6 +512,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate,
     "distill": distill,
     "plot": plot,
+    "inspect": inspect,
     "compare": compare,
     "envs": envs,
     "algos": algos,

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import ladder
 import learning
 import numpy as np
 import pytest
@@ -13,6 +14,24 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_table_is_generated_from_the_records():
     readme = (ROOT / "README.md").read_text()
     assert learning.insert_table(readme) == readme, "run: python benchmarks/learning.py --table"
+
+
+def test_the_table_of_the_ladder_is_generated_from_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert ladder.insert_table(readme) == readme, "run: python benchmarks/ladder.py --table"
+
+
+def test_every_rung_is_judged_by_its_own_bar():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("language-*.json"))
+    for path in paths:
+        record = json.loads(path.read_text())
+        row = ladder.ROWS[record["row"]]
+        assert record["bar"] == row.bar
+        assert [bool(row.reached(seed)) for seed in record["records"]] == [
+            s["reached"] for s in record["records"]
+        ]
+        assert record["reached"] == sum(seed["reached"] for seed in record["records"])
+    assert paths
 
 
 def test_every_record_follows_from_its_seeds():

@@ -25,6 +25,7 @@ PEERS = {
     "purejaxrl-ppo": Peer("ppo", "purejaxrl", "purejaxrl/ppo.py"),
     "purejaxrl-dqn": Peer("dqn", "purejaxrl", "purejaxrl/dqn.py"),
     "purejaxrl-dqn-independent": Peer("dqn", "purejaxrl_independent", "purejaxrl/dqn.py"),
+    "purejaxql-pqn": Peer("pqn", "purejaxql", "purejaxql/pqn_gymnax.py"),
     "rejax-ppo": Peer("ppo", "rejax"),
     "rejax-dqn": Peer("dqn", "rejax"),
     "stoix-ppo": Peer("ppo", "stoix", "stoix/systems/ppo/anakin/ff_ppo.py"),
@@ -75,11 +76,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "activation": "relu",
         "hidden_sizes": (120, 84),
     },
+    # purejaxql's own for CartPole, but the number of environments.
+    "pqn": {
+        "num_envs": 128,
+        "unroll_length": 64,
+        "num_minibatches": 16,
+        "learning_rate": 1e-4,
+        "activation": "relu",
+        "hidden_sizes": (256, 256),
+    },
 }
 
 # What all libraries are told alike, and no flag changes.
 GAMMA = 0.99
 GAE_LAMBDA = 0.95
+Q_LAMBDA = 0.95
 CLIP_EPS = 0.2
 ENTROPY_COEF = 0.01
 VALUE_COEF = 0.5

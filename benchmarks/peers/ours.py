@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from peers import EPSILON_END, EVAL_SEED, EXPLORATION, GAMMA, LAST, eval_episodes
+from peers import EPSILON_END, EVAL_SEED, EXPLORATION, GAMMA, LAST, Q_LAMBDA, eval_episodes
 from peers.protocol import Training, compile_program
 
 
@@ -94,6 +94,23 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
         one_run_sharded = work.devices > 1 and work.seeds == 1
         algo = parallel.data_parallel(make, jax.devices()[: work.devices]) if one_run_sharded else make()
         warmup = 0
+    elif algorithm == "pqn":
+        config = jrl.pqn.Config(
+            num_envs=work.num_envs,
+            unroll_length=work.unroll_length,
+            num_epochs=work.num_epochs,
+            num_minibatches=work.num_minibatches,
+            **shared,
+        )
+        hparams = jrl.pqn.HParams(
+            learning_rate=work.learning_rate,
+            anneal_env_steps=work.env_steps,
+            gamma=GAMMA,
+            q_lambda=Q_LAMBDA,
+            epsilon_end=EPSILON_END,
+            epsilon_env_steps=work.env_steps * EXPLORATION,
+        )
+        algo, warmup = jrl.pqn.make(env, config), 0
     else:
         config = jrl.dqn.Config(
             num_envs=work.num_envs,

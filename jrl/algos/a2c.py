@@ -29,12 +29,14 @@ class Config:
 
     num_envs: int = 16
     """Environments stepped side by side."""
-    unroll_length: int = 8
+    unroll_length: int = 32
     """Steps in each environment between two rounds of updates."""
     vtrace: bool = False
     """Weigh what was done by how likely the present policy would do it."""
     num_updates: int = 1
     """Gradient steps on each unroll; more than one need vtrace."""
+    standardize_advantages: bool = False
+    """Centre and scale the advantages of each unroll."""
     torso: str = "auto"
     """'mlp', 'cnn', or 'auto': cnn for image observations, else mlp."""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -62,7 +64,7 @@ class Config:
 class HParams:
     """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's step size."""
     learning_rate_end: float = 0.0
     """Step size at the end of annealing."""
@@ -171,6 +173,8 @@ def make(
         policy = distribution(head)
         log_prob = policy.log_prob(transitions.action)
         advantage, target = jax.lax.stop_gradient(targets(value, next_value, log_prob, transitions, hparams))
+        if config.standardize_advantages:
+            advantage = ops.standardize(advantage)
         policy_loss = ops.policy_gradient_loss(log_prob, advantage)
         value_loss = ops.value_loss(value, target)
         entropy = policy.entropy().mean()

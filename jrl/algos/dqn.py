@@ -5,8 +5,9 @@ arXiv:1511.06581), n-step targets (Sutton, 1988), prioritised replay (Schaul et 
 Huber loss, a target network copied now and then or tracked by Polyak averaging (Lillicrap et al., 2016,
 arXiv:1509.02971); a distribution over returns in place of their mean: by atoms (C51: Bellemare et al., 2017,
 arXiv:1707.06887), quantiles (QR-DQN: Dabney et al., 2018, arXiv:1710.10044) or a quantile function (IQN: Dabney et
-al., 2018, arXiv:1806.06923); noisy layers (Fortunato et al., 2018, arXiv:1706.10295); Munchausen targets (Vieillard et
-al., 2020, arXiv:2007.14430). :mod:`jrl.algos.rainbow` puts six of them together.
+al., 2018, arXiv:1806.06923); noisy layers (Fortunato et al., 2018, arXiv:1706.10295); exploratory actions that persist
+(Dabney et al., 2021, arXiv:2006.01782); Munchausen targets (Vieillard et al., 2020, arXiv:2007.14430).
+:mod:`jrl.algos.rainbow` puts six of them together.
 
 Deviations: a time limit is never a terminal state; n-step windows end at either flag and bootstrap with γ^k; the
 warm-up fill happens in ``init``, so that no step has a data-dependent branch; all environments of a step, and all
@@ -82,6 +83,9 @@ class Config:
     """Atoms, or quantiles, of a distribution."""
     noisy: bool = False
     """Explore by noise on the weights, whose scale is learned. ε-greedy goes on beside it: set its ε to 0."""
+    persistent: bool = False
+    """Hold an exploratory action for a heavy-tailed number of steps (εz-greedy), which gets further than as many
+    independent ones."""
     munchausen: bool = False
     """Add the scaled log-probability of the action taken to the reward and value the successor softly, both under the
     target network's Boltzmann policy (double is then of no effect). One-step targets only."""
@@ -135,6 +139,8 @@ class HParams:
     """Chance of a random action after epsilon_env_steps."""
     epsilon_env_steps: float = 100_000.0
     """Environment steps over which ε goes linearly to its end."""
+    persistence: float = 2.0
+    """μ of persistent exploration: an action is held for k steps or more with chance k^(1 − μ)."""
     target_period: float = 2_000.0
     """Environment steps between two copies to the target network (without polyak)."""
     tau: float = 0.005
@@ -228,27 +234,44 @@ def make(
     behave = act_noisily if config.noisy else act
 
     def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        action, memory, _ = behave(acting, key, obs, memory)
-        return action, memory, ()  # what it returns here would be kept in the replay
+        acting, persistence = acting
+        if config.persistent:
+            key, hold_key = jax.random.split(key)
+        action, _, extras = behave(acting, key, obs, ())
+        if config.persistent:
+            mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
+            action, memory = ops.persistent_epsilon_greedy(
+                hold_key, extras["q"], memory, acting[-1], persistence, mask
+            )
+        return action, memory, ()  # the replay would keep what it returns here
+
+    def init_memory(batch_shape: tuple[int, ...]) -> Memory:
+        # Two arrays: one buffer could not be donated twice.
+        held = (jnp.zeros(batch_shape, jnp.int32) for _ in ops.HeldAction._fields)
+        return ops.HeldAction(*held) if config.persistent else ()
+
+    def explorer(params: Params, support: Array, epsilon: Array, hparams: HParams) -> Policy:
+        return Policy(explore, ((params, support, epsilon), hparams.persistence), init_memory)
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         network_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
         env_params = env.params if hparams.env is None else hparams.env
-        start = rollout.start(reset_key, envs, env_params, config.num_envs)
+        memory = init_memory((config.num_envs,))
+        start = rollout.start(reset_key, envs, env_params, config.num_envs, memory)
         params = q_function.init(network_key, start.obs, hparams.noise_scale)
         support = jnp.zeros((0,))
         if config.distribution == "categorical":
             support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
-        uniform = Policy(explore, (params, support, jnp.float32(1.0)))
-        start, memory = off_policy.warm_up(warmup_key, envs, env_params, uniform, start, config, buffer)
+        uniform = explorer(params, support, jnp.float32(1.0), hparams)
+        start, stored = off_policy.warm_up(warmup_key, envs, env_params, uniform, start, config, buffer)
         return State(
             params=params,
             # A copy of its own: two leaves of one buffer could not both be donated.
             target_params=jax.tree.map(jnp.copy, params),
             opt_state=optimizer(hparams, jnp.float32(0)).init(params),
             rollout=start,
-            replay=memory,
+            replay=stored,
             support=support,
             since_target=jnp.float32(0),
             env_steps=ops.counter.add(ops.counter.zero(), off_policy.warmup_env_steps(config)),
@@ -351,7 +374,7 @@ def make(
             unroll_key,
             envs,
             env.params if hparams.env is None else hparams.env,
-            Policy(explore, (state.params, state.support, epsilon)),
+            explorer(state.params, state.support, epsilon, hparams),
             state.rollout,
             config.unroll_length,
         )

@@ -91,6 +91,7 @@ def _backwards(tree: Tree, step: Callable[[Array, int], tuple[Array, Array]]) ->
     return tuple(reversed(results))
 
 
+@jax.jit
 def optimal_values(tree: Tree, gamma: Array | float = 1.0) -> tuple[Array, ...]:
     """``Q*(s, a) = r + γ max_b Q*(s', b)``, each ``[V^t, V]``; −inf for tokens that are not allowed."""
 
@@ -101,6 +102,7 @@ def optimal_values(tree: Tree, gamma: Array | float = 1.0) -> tuple[Array, ...]:
     return _backwards(tree, step)
 
 
+@jax.jit
 def soft_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float) -> tuple[Array, ...]:
     """The policy that maximises ``E[return] − β KL(π ‖ π_ref)``, as log-probabilities ``[V^t, V]``.
 
@@ -118,6 +120,7 @@ def soft_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float)
     return _backwards(tree, step)
 
 
+@jax.jit
 def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float) -> tuple[Array, ...]:
     """Where GRPO comes to rest, whose penalty is the k3 estimate within the loss: log-probabilities ``[V^t, V]``.
 
@@ -145,6 +148,7 @@ def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | f
     return _backwards(tree, step)
 
 
+@jax.jit
 def expectation(tree: Tree, log_policy: Sequence[Array], per_token: Sequence[Array] | None = None) -> Array:
     """``E[Σ_t x_t]`` over the texts of a policy, a scalar; ``x`` is the reward where None is given.
 
@@ -161,6 +165,7 @@ def expectation(tree: Tree, log_policy: Sequence[Array], per_token: Sequence[Arr
     return _backwards(tree, step)[0][0]
 
 
+@jax.jit
 def divergence(tree: Tree, log_policy: Sequence[Array], log_other: Sequence[Array]) -> Array:
     """``KL(π ‖ π')`` between the distributions over whole texts, in nats, a scalar."""
     return expectation(tree, log_policy, [p - q for p, q in zip(log_policy, log_other, strict=True)])

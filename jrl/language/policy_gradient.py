@@ -38,29 +38,11 @@ from flax import struct
 from jrl import ops, rollout
 from jrl.algos import checks
 from jrl.envs import vectorize
-from jrl.language import models
+from jrl.language import models, surrogates
 from jrl.language.environments import token_step
 from jrl.language.rewards import Scorer, Text
 from jrl.optim import annealed_learning_rate, default_optimizer
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
-
-
-class Variant(NamedTuple):
-    """What a variant chooses; see the table above."""
-
-    advantage: str  # value, group_std, group, others, to_go
-    penalty: str  # reward, loss
-    clipped: bool
-    tokens: str  # all, each, sum, fixed
-
-
-VARIANTS = {
-    "ppo": Variant("value", "reward", True, "all"),
-    "grpo": Variant("group_std", "loss", True, "each"),
-    "dr_grpo": Variant("group", "loss", True, "fixed"),
-    "rloo": Variant("others", "reward", False, "sum"),
-    "reinforce": Variant("to_go", "reward", False, "sum"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +77,7 @@ class Config:
     """Of a transformer's residual stream."""
 
     def __post_init__(self) -> None:
-        checks.choice(self, "variant", tuple(VARIANTS))
+        checks.choice(self, "variant", tuple(surrogates.VARIANTS))
         checks.choice(self, "penalty", ("auto", "reward", "loss", "none"))
         checks.sizes(self, "num_prompts", "group_size", "num_epochs", "num_minibatches")
         models.check(self)
@@ -105,7 +87,10 @@ class Config:
                 f"num_minibatches={self.num_minibatches} does not divide the batch of num_prompts × group_size = "
                 f"{self.num_prompts} × {self.group_size} texts; use a divisor of it."
             )
-        if VARIANTS[self.variant].advantage in ("group_std", "group", "others") and self.group_size < 2:
+        if (
+            surrogates.VARIANTS[self.variant].advantage in ("group_std", "group", "others")
+            and self.group_size < 2
+        ):
             raise ValueError(
                 f"group_size={self.group_size} with variant={self.variant!r}: a text is compared with others after "
                 "the same prompt; use at least 2."
@@ -209,7 +194,7 @@ def make(
         raise ValueError(
             "cache=True with a model that has no memory: use model='transformer', or cache=False."
         )
-    choice = VARIANTS[config.variant]
+    choice = surrogates.VARIANTS[config.variant]
     penalty = choice.penalty if config.penalty == "auto" else config.penalty
     num_texts, steps = config.num_prompts * config.group_size, spec.max_new_tokens
     prompts, envs = vectorize(env, config.num_prompts), vectorize(env, num_texts)
@@ -288,7 +273,7 @@ def make(
             advantage = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
         else:
             advantage, target = (
-                compare(choice, reward, last, hparams.gamma, config.group_size),
+                surrogates.compare(choice, reward, last, hparams.gamma, config.group_size),
                 jnp.zeros_like(reward),
             )
         per_token = (transitions.action, said, log_prob, reference_log_prob, value, advantage, target)
@@ -308,19 +293,27 @@ def make(
         )
         # Nothing of what was not said may be infinite, forwards or backwards.
         log_prob = jnp.where(batch.said, policy.log_prob(batch.action), batch.log_prob)
-        policy_loss = surrogate_loss(choice, log_prob, batch, hparams)
+        policy_loss = surrogates.surrogate_loss(
+            choice,
+            log_prob,
+            batch.log_prob,
+            batch.advantage,
+            batch.said,
+            hparams.clip_eps,
+            hparams.clip_eps_high,
+        )
         total, metrics = policy_loss, {"policy_loss": policy_loss}
         if penalty == "loss":
-            total += kl_coef * penalty_loss(choice, log_prob, batch)
+            total += kl_coef * surrogates.penalty_loss(choice, log_prob, batch.reference_log_prob, batch.said)
         if choice.advantage == "value":
             value = output.value[:, :steps]
             moved = batch.value + jnp.clip(
                 value - batch.value, -hparams.value_clip_eps, hparams.value_clip_eps
             )
             error = jnp.maximum((value - batch.target) ** 2, (moved - batch.target) ** 2)
-            metrics["value_loss"] = 0.5 * _mean(error, batch.said)
+            metrics["value_loss"] = 0.5 * surrogates.mean(error, batch.said)
             total += hparams.value_coef * metrics["value_loss"]
-        entropy = _mean(policy.entropy(), batch.said)
+        entropy = surrogates.mean(policy.entropy(), batch.said)
         total -= hparams.entropy_coef * entropy
         log_ratio = log_prob - batch.log_prob
         ratio = jnp.exp(log_ratio)
@@ -328,8 +321,8 @@ def make(
         return total, metrics | {
             "loss": total,
             "entropy": entropy,
-            "approx_kl": _mean(jnp.expm1(log_ratio) - log_ratio, batch.said),
-            "clip_fraction": _mean(outside, batch.said),
+            "approx_kl": surrogates.mean(jnp.expm1(log_ratio) - log_ratio, batch.said),
+            "clip_fraction": surrogates.mean(outside, batch.said),
         }
 
     def update(state: State, batch: Batch, key: Key, hparams: HParams) -> tuple[State, Metrics]:
@@ -382,53 +375,6 @@ def make(
     return Algorithm(init, step, policy, num_texts * steps, env)
 
 
-def compare(choice: Variant, reward: Array, last: Array, gamma: Array | float, group_size: int) -> Array:
-    """Return the advantage of each token from the returns of the texts beside its own.
-
-    Args:
-        choice: ``group``: ``R − mean``; ``group_std``: ``(R − mean) / (std + 1e-4)``, the deviation of the sample;
-            ``others``: ``R`` less the mean of the rest of the group; ``to_go``: the return from here on, less the mean
-            of it over all other texts.
-        reward: float32 ``[T, N]``, groups side by side; 0 behind the end.
-        last: bool ``[T, N]``, true once in each text.
-        gamma: discount per token.
-        group_size: texts after the same prompt.
-    """
-    to_go = ops.discounted_returns(reward, jnp.zeros_like(reward), last, jnp.zeros_like(last), gamma=gamma)
-    if choice.advantage == "to_go":
-        return to_go - (to_go.sum(1, keepdims=True) - to_go) / max(to_go.shape[1] - 1, 1)
-    group = to_go[0].reshape(-1, group_size)
-    relative = group - group.mean(1, keepdims=True)
-    if choice.advantage == "others":
-        relative *= group_size / (group_size - 1)
-    if choice.advantage == "group_std":
-        relative /= group.std(1, keepdims=True, ddof=1) + 1e-4
-    return jnp.broadcast_to(relative.reshape(-1), reward.shape)
-
-
-def surrogate_loss(choice: Variant, log_prob: Array, batch: Batch, hparams: HParams) -> Array:
-    """``−Σ_t min(ρ A, clip(ρ) A)``, or ``−Σ_t A log π``, weighed as the variant does; ``log_prob`` is ``[N, T]``."""
-    if not choice.clipped:
-        return -_weigh(choice, batch.advantage * log_prob, batch.said)
-    ratio = jnp.exp(log_prob - batch.log_prob)
-    clipped = jnp.clip(ratio, 1.0 - hparams.clip_eps, 1.0 + hparams.clip_eps_high)
-    return -_weigh(choice, jnp.minimum(ratio * batch.advantage, clipped * batch.advantage), batch.said)
-
-
-def penalty_loss(choice: Variant, log_prob: Array, batch: Batch) -> Array:
-    """``Σ_t π_ref/π − log(π_ref/π) − 1``, weighed as the variant does."""
-    against = batch.reference_log_prob - log_prob
-    return _weigh(choice, jnp.expm1(against) - against, batch.said)
-
-
-def _weigh(choice: Variant, x: Array, said: Array) -> Array:
-    if choice.tokens == "all":
-        return _mean(x, said)
-    total = jnp.where(said, x, 0.0).sum(1)
-    scale: Any = {"each": said.sum(1), "fixed": said.shape[1], "sum": 1}[choice.tokens]
-    return (total / scale).mean()
-
-
 def finished_texts(before: Text, transitions: Transition, last: Array, eos: int | None) -> Text:
     """Return the texts as they ended, leaves ``[N, ...]``; ``last`` is bool ``[T, N]``, true once for each."""
     index = jnp.argmax(last, axis=0)
@@ -436,10 +382,6 @@ def finished_texts(before: Text, transitions: Transition, last: Array, eos: int 
     token = jnp.take_along_axis(transitions.action, index[None], axis=0)[0]
     finished = jnp.zeros(token.shape, bool) if eos is None else token == eos
     return before._replace(tokens=texts, length=before.prompt_length + index + 1, finished=finished)
-
-
-def _mean(x: Array, said: Array) -> Array:
-    return jnp.where(said, x, 0.0).sum() / said.sum()
 
 
 def _episodes(transitions: Transition, said: Array) -> Metrics:

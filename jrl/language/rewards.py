@@ -76,7 +76,7 @@ def exact_match(text: Text) -> Array:
 
 def edit_similarity(text: Text) -> Array:
     """``max(0, 1 − edit distance / reference's length)`` of the completion, the best over the references."""
-    return jnp.maximum(0.0, 1.0 - _against_each(text, metrics.word_error_rate)).max()
+    return _against_each(text, lambda *pair: jnp.maximum(0.0, 1.0 - metrics.word_error_rate(*pair))).max()
 
 
 def _against_each(text: Text, metric: Callable[..., Array]) -> Array:

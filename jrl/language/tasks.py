@@ -266,16 +266,16 @@ def next_word(
     text: str | None = None,
     prompt: str = "the cat sat on the",
     rhyme: str = "at",
-    candidates: tuple[str, ...] = ("mat", "that", "hat"),
+    candidates: tuple[str, ...] = ("mat",),
     num_words: int = 40,
-    fluency_weight: float = 0.1,
+    fluency_weight: float = 0.05,
     max_new_tokens: int = 2,
 ) -> Environment:
     """Go on with a verse, ``the cat sat on the`` → ``mat``: words that are fluent after a real text, and a rhyme.
 
     Each word is worth ``fluency_weight · log p(word | the word before)`` under the bigrams of the text
-    (:mod:`jrl.language.ngrams`); a text that is over earns 1 more where its last word is new to the prompt and ends in
-    ``rhyme``. The full stop ends a text.
+    (:mod:`jrl.language.ngrams`, at least e^-10), and the first 1 more where it is one letter and ``rhyme`` and not in
+    the prompt. The full stop ends a text.
 
     Args:
         text: where the words and their bigrams come from; None is the text of the standard library's own help topics.
@@ -300,13 +300,12 @@ def next_word(
     log_p = np.stack(
         [np.asarray(ngrams.next_log_probs(model, jnp.array([w]), jnp.int32(1))) for w in range(len(known))]
     )
-    bigrams = jnp.asarray(np.maximum(log_p, -20.0))
-    rhymes = jnp.array([word.endswith(rhyme) and word not in ids for word in known])
+    bigrams = jnp.asarray(np.maximum(log_p, -10.0))
+    rhymes = jnp.array([word[1:] == rhyme and word not in ids for word in known])
 
     def step(carry: PyTree, text: Text, over: Array) -> tuple[PyTree, Array, Array]:
         word, before = text.tokens[text.length - 1], text.tokens[text.length - 2]
-        last = jnp.where(word == 0, before, word)
-        bonus = over & rhymes[last] & (text.length - text.prompt_length - (word == 0) > 0)
+        bonus = (text.length == text.prompt_length + 1) & rhymes[word]
         return carry, fluency_weight * bigrams[before, word] + bonus, jnp.bool_(False)
 
     return token_mdp(
@@ -323,7 +322,7 @@ def next_word(
 def next_word_vocabulary(
     text: str | None = None,
     prompt: str = "the cat sat on the",
-    candidates: tuple[str, ...] = ("mat", "that", "hat"),
+    candidates: tuple[str, ...] = ("mat",),
     num_words: int = 40,
 ) -> list[str]:
     """Return the words of :func:`next_word` in the order of their ids."""

@@ -59,7 +59,8 @@ def draw(key: Key, params: NoisyParams) -> Params:
     sizes = [size for layer in params.scale.values() for size in layer["kernel"].shape]
     # One draw for all layers: a key and a program each would cost more than the numbers.
     noise = jax.random.normal(key, (sum(sizes),))
-    noise = jnp.sign(noise) * jnp.sqrt(jnp.abs(noise))
+    # Behind a barrier: the factors once, not again for every weight that they are fused into.
+    noise = jax.lax.optimization_barrier(jnp.sign(noise) * jnp.sqrt(jnp.abs(noise)))
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     parts = jnp.split(noise, ends[:-1])
     inputs, outputs = (dict(zip(params.scale, parts[i::2], strict=True)) for i in (0, 1))

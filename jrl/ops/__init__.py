@@ -3,11 +3,13 @@
 from jrl.ops import counter, mdp
 from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, inverse_cdf, masked
 from jrl.ops.exploration import (
+    HeldAction,
     boltzmann,
     boltzmann_policy,
     draw_action,
     epsilon_greedy,
     epsilon_greedy_policy,
+    persistent_epsilon_greedy,
     ucb_policy,
 )
 from jrl.ops.losses import (
@@ -63,6 +65,7 @@ from jrl.ops.value_distributions import (
 
 __all__ = [
     "Categorical",
+    "HeldAction",
     "MultiCategorical",
     "Normal",
     "TanhNormal",
@@ -95,6 +98,7 @@ __all__ = [
     "mdp",
     "munchausen_bonus",
     "n_step_returns",
+    "persistent_epsilon_greedy",
     "piecewise_schedule",
     "policy_gradient_loss",
     "polynomial_schedule",

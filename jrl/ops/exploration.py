@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from jrl.ops import checks
 from jrl.ops.distributions import Categorical, inverse_cdf, masked
+from jrl.ops.losses import select_action
 from jrl.types import Array, Key
 
 
@@ -31,12 +34,67 @@ def epsilon_greedy(key: Key, q: Array, epsilon: Array | float, mask: Array | Non
     Raises:
         AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
     """
+    explore, which = jax.random.uniform(key, (2, *q.shape[:-1]))
+    greedy, uniform = _greedy_and_uniform(q, which, mask)
+    exploring = explore < jnp.broadcast_to(epsilon, q.shape[:-1])
+    return jnp.where(exploring, uniform, greedy)
+
+
+class HeldAction(NamedTuple):
+    """An exploratory action and the steps it is still to be taken, both int32 ``[...]``; zeros at the start."""
+
+    action: Array
+    left: Array
+
+
+def persistent_epsilon_greedy(
+    key: Key,
+    q: Array,
+    held: HeldAction,
+    epsilon: Array | float,
+    exponent: Array | float,
+    mask: Array | None = None,
+    longest: int = 10_000,
+) -> tuple[Array, HeldAction]:
+    """Act greedily, but with probability ε take one uniform action for a heavy-tailed number of steps.
+
+    ``P(steps ≥ k) = k^(1 − μ)`` up to ``longest``: the tail of the zeta distribution that the source draws from.
+
+    Source: Dabney, Ostrovski and Barreto 2021, "Temporally-Extended ε-Greedy Exploration" (εz-greedy, μ = 2),
+    https://arxiv.org/abs/2006.01782.
+
+    Args:
+        key: one key for the whole batch.
+        q: floating ``[..., A]``.
+        held: what is being held.
+        epsilon: chance that a step in which nothing is held begins to hold an action; a number, or ``[...]``.
+        exponent: μ, above 1; the larger, the shorter. Infinity is ε-greedy.
+        mask: bool ``[..., A]``, True = allowed; an action that is no longer allowed is let go.
+        longest: steps that an action is held at most, static.
+
+    Returns:
+        int32 ``[...]``, and what is held afterwards.
+
+    Raises:
+        AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
+    """
+    explore, which, duration = jax.random.uniform(key, (3, *q.shape[:-1]))
+    greedy, uniform = _greedy_and_uniform(q, which, mask)
+    holding = held.left > 0
+    if mask is not None:
+        holding &= select_action(mask.astype(jnp.int32), held.action) > 0
+    steps = jnp.minimum((1.0 - duration) ** (-1.0 / (exponent - 1.0)), longest).astype(jnp.int32)
+    begins = ~holding & (explore < jnp.broadcast_to(epsilon, greedy.shape))
+    action = jnp.where(holding, held.action, jnp.where(begins, uniform, greedy))
+    left = jnp.where(holding, held.left, jnp.where(begins, steps, 1)) - 1
+    return action, HeldAction(action, left)
+
+
+def _greedy_and_uniform(q: Array, which: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Return the best actions and, for ``which`` uniform in [0, 1), uniform ones, int32 ``[...]``."""
     checks.floating(q=q)
-    batch, num_actions = q.shape[:-1], q.shape[-1]
-    explore, which = jax.random.uniform(key, (2, *batch))
     if mask is None:
-        greedy = jnp.argmax(q, axis=-1)
-        uniform = jnp.floor(which * num_actions)
+        greedy, uniform = jnp.argmax(q, axis=-1), jnp.floor(which * q.shape[-1])
     else:
         checks.flags(mask=mask)
         checks.same_shape(q=q, mask=mask)
@@ -45,8 +103,7 @@ def epsilon_greedy(key: Key, q: Array, epsilon: Array | float, mask: Array | Non
         rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
         chosen = jnp.floor(which * rank[..., -1]).astype(jnp.int32)
         uniform = jnp.sum(rank <= chosen[..., None], axis=-1)
-    exploring = explore < jnp.broadcast_to(epsilon, batch)
-    return jnp.where(exploring, uniform.astype(jnp.int32), greedy.astype(jnp.int32))
+    return greedy.astype(jnp.int32), uniform.astype(jnp.int32)
 
 
 def boltzmann(key: Key, q: Array, temperature: Array | float, mask: Array | None = None) -> Array:

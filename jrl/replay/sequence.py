@@ -131,12 +131,14 @@ def add(state: SequenceState, transitions: Transition) -> SequenceState:
     num_blocks = state.ring.layout.rows // length
     block, env = state.ring.row // length, jnp.arange(num_envs)
     count = jnp.minimum(state.blocks + 1, state.span)
-    # The block after this one is no whole sequence's start any more: where this one led to lies in its first row.
-    gone = jnp.stack([block, (block + 1) % num_blocks])[:, None] * num_envs + env
-    complete = (block - state.span + 1) % num_blocks * num_envs + env
-    tree = sum_tree.update(state.tree, gone.reshape(-1), jnp.zeros((2 * num_envs,), jnp.float32))
-    priority = jnp.where(count == state.span, state.max_priority, 0.0)
-    tree = sum_tree.update(tree, complete, jnp.broadcast_to(priority, (num_envs,)))
+    whole = jnp.where(count == state.span, state.max_priority, 0.0)
+    # The next block is no whole sequence's start any more: what this one led to lies in its first row. One update with
+    # indices that differ: a second one would make XLA copy the tree.
+    zero = jnp.zeros_like(whole)
+    by_offset = {0: zero, 1: zero, 1 - state.span: whole}  # of one block's span the block itself is whole
+    index = jnp.stack([(block + offset) % num_blocks for offset in by_offset])[:, None] * num_envs + env
+    priority = jnp.repeat(jnp.stack([*by_offset.values()]), num_envs)
+    tree = sum_tree.update(state.tree, index.reshape(-1), priority)
     return dataclasses.replace(
         state,
         ring=uniform.add(state.ring, transitions._replace(extras=())),

@@ -10,7 +10,22 @@ import jax
 import jax.numpy as jnp
 
 import jrl
-from jrl import a2c, dqn, grpo, linear, monte_carlo, ppo, pqn, r2d2, rainbow, reinforce, sac, tabular, td3
+from jrl import (
+    a2c,
+    dqn,
+    grpo,
+    linear,
+    monte_carlo,
+    ppo,
+    pqn,
+    r2d2,
+    rainbow,
+    reinforce,
+    sac,
+    tabular,
+    td3,
+    token_dqn,
+)
 from jrl.envs import action_mask, from_functions
 from jrl.language import grammar
 from jrl.language.environments import Prompts, gain, token_mdp
@@ -160,6 +175,12 @@ def _grpo(name: str, env: str, **choices: Any) -> Case:
     return Case(f"grpo-{name}", grpo, env, grpo.Config(**sizes | choices), (("kl_coef", 0.1),))
 
 
+def _token_dqn(name: str, env: str, **choices: Any) -> Case:
+    sizes = {"num_envs": 4, "num_updates": 2, "batch_size": 4, "capacity": 16, "warmup_texts": 8}
+    config = token_dqn.Config(hidden_sizes=(8,), **sizes | choices)
+    return Case(f"token-dqn-{name}", token_dqn, env, config, (("cql_coef", 0.1),))
+
+
 CASES = [
     _ppo("discrete"),
     _ppo("multi-discrete", "multi-discrete", shared_torso=True),
@@ -174,7 +195,7 @@ CASES = [
     _dqn("polyak", polyak=True, num_updates=2, unroll_length=2),
     _dqn("n-step", n_step=3, unroll_length=4),
     _dqn("prioritized", prioritized=True, num_updates=2),
-    _dqn("rainbow", module=rainbow, num_atoms=5),
+    _dqn("rainbow", module=rainbow, num_atoms=5, persistent=True),
     _dqn("quantile", "masked", distribution="quantile", num_atoms=5, munchausen=True),
     _dqn("implicit", distribution="implicit", num_atoms=4, dueling=True),
     _dqn("cnn", "pixels", channels=(2,)),
@@ -209,6 +230,8 @@ CASES = [
         width=8,
         cache=True,
     ),
+    _token_dqn("double", "RandomWalks-jrl", dueling=True),
+    _token_dqn("ilql", "grammar", variant="ilql"),
     _linear("sarsa-lambda"),
     _linear("q-learning", "grid-raw", target="q_learning", trace="accumulating"),
     _linear("target-network", target="q_learning", trace="none", target_network=True),

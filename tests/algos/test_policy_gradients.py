@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jrl
-from jrl import a2c, reinforce
+from jrl import a2c, ppo, reinforce
 from jrl.envs import from_functions
 from jrl.ops import mdp
 from jrl.types import Discrete, Network
@@ -123,3 +123,20 @@ def test_only_vtrace_takes_several_steps_on_an_unroll():
 def test_a_baseline_of_others_needs_others():
     with pytest.raises(ValueError, match=r"baseline='leave_one_out' with num_envs=1: it compares 2 or more"):
         reinforce.Config(num_envs=1, baseline="leave_one_out")
+
+
+@pytest.mark.parametrize("memory", ["gru", "transformer"])
+def test_ppo_sees_in_the_loss_what_it_saw_while_acting(memory):
+    """The first gradient of an unroll is taken where nothing has moved: every probability ratio is 1."""
+    config = ppo.Config(
+        num_envs=8, unroll_length=16, num_epochs=1, num_minibatches=1, memory=memory, memory_window=2
+    )
+    algo = ppo.make(jrl.make("ProbeMemory-jrl"), config)
+    hparams = ppo.HParams(learning_rate=0.1)
+    state, step = jax.jit(algo.init)(jax.random.key(0), hparams), jax.jit(algo.step)
+    # Episodes of three steps begin and end within an unroll and across its end.
+    for _ in range(3):
+        state, metrics = step(state, hparams)
+        assert metrics["num_episodes"] > 0
+        assert metrics["clip_fraction"] == 0.0
+        np.testing.assert_allclose(metrics["approx_kl"], 0.0, atol=1e-9)

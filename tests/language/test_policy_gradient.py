@@ -11,8 +11,9 @@ import pytest
 import jrl
 from jrl import rollout
 from jrl.envs import vectorize
-from jrl.language import exact, models, tasks
+from jrl.language import exact, models, surrogates, tasks
 from jrl.language import policy_gradient as pg
+from jrl.language.environments import Prompts, at_end, token_mdp
 from jrl.types import Policy
 
 
@@ -44,10 +45,10 @@ def test_advantages_equal_slow_loops():
         for t in range(length[i]):
             to_go[i, t] = sum(gamma**k * reward[i, t + k] for k in range(length[i] - t))
     returns = to_go[:, 0]
-    for variant, choice in pg.VARIANTS.items():
+    for variant, choice in surrogates.VARIANTS.items():
         if variant == "ppo":
             continue
-        ours = pg.compare(choice, jnp.float32(reward.T), jnp.array(last.T), gamma, group).T
+        ours = surrogates.compare(choice, jnp.float32(reward.T), jnp.array(last.T), gamma, group).T
         for i in range(6):
             mates = [j for j in range(6) if j // group == i // group]
             others = [j for j in mates if j != i]
@@ -64,12 +65,7 @@ def test_advantages_equal_slow_loops():
 def test_losses_equal_slow_loops_from_the_papers():
     length, said, old, new, reference, _, advantage = random_batch()
     low, high = 0.2, 0.28
-    hparams = pg.HParams(clip_eps=low, clip_eps_high=high)
-    nothing = np.zeros(0)
-    batch = pg.Batch(
-        nothing, nothing, (), nothing, said, jnp.float32(old), jnp.float32(reference), nothing,
-        jnp.float32(advantage), nothing,
-    )  # fmt: skip
+    ours = [jnp.float32(x) for x in (new, old, advantage)]
     clipped, k3, plain = (np.zeros(said.shape) for _ in range(3))
     for i, t in np.argwhere(said):
         ratio = np.exp(new[i, t] - old[i, t])
@@ -86,13 +82,12 @@ def test_losses_equal_slow_loops_from_the_papers():
         ]
         return np.mean(of_each)
 
-    for variant, choice in pg.VARIANTS.items():
+    for variant, choice in surrogates.VARIANTS.items():
         expected = weigh(clipped if choice.clipped else plain, choice.tokens)
-        np.testing.assert_allclose(
-            pg.surrogate_loss(choice, jnp.float32(new), batch, hparams), expected, rtol=1e-5, err_msg=variant
-        )
-        ours = pg.penalty_loss(choice, jnp.float32(new), batch)
-        np.testing.assert_allclose(ours, weigh(k3, choice.tokens), rtol=1e-5, err_msg=variant)
+        loss = surrogates.surrogate_loss(choice, *ours, said, low, high)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, err_msg=variant)
+        penalty = surrogates.penalty_loss(choice, ours[0], jnp.float32(reference), said)
+        np.testing.assert_allclose(penalty, weigh(k3, choice.tokens), rtol=1e-5, err_msg=variant)
 
 
 # ------------------------------------------------------------------------------------------- the gradient itself
@@ -174,7 +169,7 @@ def test_grpos_own_penalty_comes_to_rest_where_it_is_said_to(small):
 
 @pytest.mark.parametrize("variant", ["grpo", "ppo"])
 def test_the_penalised_optimum_is_reached(variant):
-    """KL(π ‖ π*) ≤ 0.01 nat; every variant at 8^5 texts is a row of benchmarks/language.py."""
+    """KL(π ‖ π*) ≤ 0.01 nat; every variant at 8^5 texts is a row of benchmarks/ladder.py."""
     env, beta = tasks.random_rewards(4, 3), 0.5
     tree, model = exact.enumerate_prefixes(env), models.table(env)
     config = pg.Config(variant=variant, penalty="reward", num_prompts=1, group_size=512)
@@ -247,3 +242,14 @@ def test_what_it_refuses():
     wrapped = jrl.envs.scale_reward(env, 2.0)
     with pytest.raises(TypeError, match="needs a token environment as it was made"):
         pg.make(wrapped)
+
+
+def test_a_reward_of_nan_stops_the_run_and_says_when(tmp_path):
+    def score(text):
+        return jnp.where((text.tokens == 1).sum() == 3, jnp.nan, 1.0)
+
+    env = token_mdp(Prompts([[0]], [1]), at_end(score), vocab_size=2, max_new_tokens=3)
+    config = {"variant": "rloo", "num_prompts": 2, "group_size": 4, "hidden_sizes": (4,)}
+    with pytest.raises(FloatingPointError, match=r"is nan at env step \d+"):
+        jrl.run("grpo", env, config=config, env_steps=2400, out=tmp_path / "run", eval_episodes=0)
+    assert (tmp_path / "run" / "run.json").exists()

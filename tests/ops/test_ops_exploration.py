@@ -132,3 +132,46 @@ def test_ucb():
     np.testing.assert_allclose(ops.ucb_policy(q, jnp.zeros(3, int), 0.0), [1 / 3] * 3, rtol=1e-6)
     masked = jnp.array([True, False, True])
     np.testing.assert_array_equal(ops.ucb_policy(q, jnp.array([5, 0, 3]), 0.0, masked), [1, 0, 0])
+
+
+def held_for(exponent, steps=4_000, longest=10_000):
+    """Actions [steps, 64] of a policy that always explores, and what was still held after each."""
+    q, start = jnp.zeros((64, 3)), ops.HeldAction(jnp.zeros(64, jnp.int32), jnp.zeros(64, jnp.int32))
+
+    def step(held, key):
+        action, held = ops.persistent_epsilon_greedy(key, q, held, 1.0, exponent, longest=longest)
+        return held, (action, held.left)
+
+    _, (action, left) = jax.jit(lambda keys: jax.lax.scan(step, start, keys))(
+        jax.random.split(jax.random.key(0), steps)
+    )
+    return np.asarray(action), np.asarray(left)
+
+
+def test_exploratory_actions_persist_for_as_long_as_the_power_law_says():
+    action, left = held_for(3.0)
+    began = np.vstack([np.ones((1, 64), bool), left[:-1] == 0])
+    # A hold of n steps leaves n − 1 after its first: P(n ≥ k) = k^-2.
+    durations = left[began] + 1
+    for k in (1, 2, 3, 5, 10):
+        np.testing.assert_allclose((durations >= k).mean(), k**-2.0, atol=0.006)
+    assert (action[1:] == action[:-1])[~began[1:]].all()  # held
+    np.testing.assert_allclose(np.bincount(action[began]) / began.sum(), [1 / 3] * 3, atol=0.01)
+    assert held_for(1.01, steps=50, longest=7)[1].max() == 6
+
+
+def test_persistent_exploration_with_an_infinite_exponent_is_epsilon_greedy_and_keeps_to_the_mask():
+    q = jnp.asarray([0.0, 2.0, 1.0])
+    start = ops.HeldAction(jnp.full(20_000, 2, jnp.int32), jnp.zeros(20_000, jnp.int32))
+    batch = jnp.broadcast_to(q, (20_000, 3))
+    action, held = ops.persistent_epsilon_greedy(jax.random.key(0), batch, start, 0.3, jnp.inf)
+    np.testing.assert_allclose(np.bincount(action) / 20_000, [0.1, 0.8, 0.1], atol=0.01)
+    assert (held.left == 0).all()
+    # Held, but no longer allowed: let go.
+    mask = jnp.broadcast_to(jnp.asarray([True, True, False]), (20_000, 3))
+    holding = start._replace(left=jnp.full(20_000, 5, jnp.int32))
+    action, _ = ops.persistent_epsilon_greedy(jax.random.key(0), batch, holding, 0.0, 2.0, mask)
+    assert (action == 1).all()
+    action, held = ops.persistent_epsilon_greedy(jax.random.key(0), batch, holding, 0.0, 2.0)
+    assert (action == 2).all()
+    assert (held.left == 4).all()

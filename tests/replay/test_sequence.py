@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_replay import block, spec, stream
 
-from jrl import replay
+import jrl
+from jrl import r2d2, replay
 
 T, B = 3, 2
 LENGTH = 7  # touches three blocks, the last one in part
@@ -111,3 +114,36 @@ def test_what_does_not_fit_is_refused():
     state = replay.sequence.buffer(T, LENGTH).init(spec(transitions), 12, B)
     with pytest.raises(ValueError, match="a block of 2 steps in a replay of blocks of 3"):
         replay.sequence.add(state, block(transitions, 0, 2))
+
+
+def test_sequences_of_one_block_are_whole_at_once():
+    transitions = remembering(3 * T, B)
+    buffer = replay.sequence.buffer(T, T)
+    state = buffer.init(spec(transitions), 3 * T, B)
+    for i in range(3):
+        state = buffer.add(state, block(transitions, i * T, T))
+        drawn = replay.sequence.sample(jax.random.key(i), state, 64, beta=1.0)
+        held = {0: {0}, 1: {0, 1}, 2: {1, 2}}[i]  # the third took the first row of the first
+        assert set(np.asarray(drawn.steps.obs[0, :, 0]).astype(int) // T) == held
+
+
+def test_the_compiled_program_holds_no_copy_of_the_replay():
+    sizes = {
+        "num_envs": 4,
+        "unroll_length": 4,
+        "burn_in": 2,
+        "learn_length": 6,
+        "batch_size": 4,
+        "num_updates": 2,
+    }
+    config = r2d2.Config(**sizes, capacity=40_000, warmup_env_steps=64, hidden_sizes=(8,), memory_size=8)
+    algo, hparams = r2d2.make(jrl.make("CartPole-v1"), config), r2d2.HParams()
+    state = jax.eval_shape(algo.init, jax.random.key(0), hparams)
+    train = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=3), donate_argnums=0)
+    compiled = train.lower(state).compile()
+    stored = (state.replay.ring.storage, state.replay.memory, state.replay.tree[0])
+    sizes = "|".join(str(leaf.shape[0]) for leaf in stored)
+    buffer = re.compile(rf"= \w+\[({sizes})(,\d+)*\]\S* (copy|copy-start|select|concatenate)\(")
+    copies = [line.strip() for line in compiled.as_text().splitlines() if buffer.search(line)]
+    assert not copies, copies[:3]
+    assert compiled.memory_analysis().temp_size_in_bytes < state.replay.ring.storage.shape[0] * 4

@@ -1,0 +1,88 @@
+"""Figures of what a policy has learned: ``jrl inspect``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from jrl import driver, inspection, plots, records
+
+
+def inspect(
+    path: str | os.PathLike, *, num_steps: int = 200, seed: int = 0, step: int | None = None
+) -> list[Path]:
+    """Draw what the policy of a run folder expects: along an episode, and on a grid.
+
+    Args:
+        path: the run folder; ``episode.png``, and for a GridWorld-jrl ``grid.png``, are written into it.
+        num_steps: of the episode (of several, where they are shorter).
+        seed: of the episode.
+        step: the checkpoint; the newest by default.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError, CheckpointError: as :func:`jrl.driver.load`.
+        ValueError: the policy tells no value.
+    """
+    loaded = driver.load(path, step)
+    policy = loaded.algo.policy(loaded.state)
+    gamma = getattr(loaded.hparams, "gamma", 1.0)
+    follow = jax.jit(
+        lambda key, policy: inspection.follow(key, loaded.env, policy, num_steps=num_steps, gamma=gamma)
+    )
+    files = [Path(path) / "episode.png"]
+    episode_figure(jax.device_get(follow(jax.random.key(seed), policy)), out=files[0])
+    if loaded.env.name == "GridWorld-jrl":
+        given = records.read_run(path).get("env_kwargs", {})
+        rows, columns = given.get("rows", 4), given.get("columns", 4)
+        num_cells = rows * columns
+        cells = jnp.arange(num_cells) if given.get("raw") else jnp.eye(num_cells)
+        action, _, extras = policy(jax.random.key(seed), cells, policy.init_memory((num_cells,)))
+        value = extras["value"] if "value" in extras else extras["q"].max(-1)
+        files.append(Path(path) / "grid.png")
+        grid_figure(
+            np.asarray(value).reshape(rows, columns),
+            inspection.ARROWS[np.asarray(action)].reshape(rows, columns, 2),
+            out=files[1],
+        )
+    return files
+
+
+def episode_figure(episode: Any, *, out: str | os.PathLike | None = None) -> Figure:
+    """Plot value, reward and advantage of an :class:`~jrl.inspection.Episode` over its steps."""
+    figure = plots.new_figure(7.0, 5.0)
+    axes = figure.subplots(3, 1, sharex=True)
+    for one, name, colour in zip(axes, ("value", "reward", "advantage"), plots.COLOURS, strict=False):
+        one.plot(getattr(episode, name), color=colour, linewidth=1.2)
+        one.set_ylabel(name)
+        plots.plain(one)
+        for end in np.flatnonzero(episode.terminated | episode.truncated):
+            one.axvline(end + 0.5, color="0.6", linewidth=0.8, linestyle=":")
+    axes[-1].set_xlabel("environment step (dotted: an episode ends)")
+    plots.save(figure, out)
+    return figure
+
+
+def grid_figure(value: np.ndarray, arrows: np.ndarray, *, out: str | os.PathLike | None = None) -> Figure:
+    """Plot ``value [rows, columns]`` as a heat map under the policy's ``arrows [rows, columns, 2]``."""
+    rows, columns = value.shape
+    figure = plots.new_figure(1.5 + 0.6 * columns, 1.0 + 0.6 * rows)
+    axes = figure.subplots()
+    image = axes.imshow(value, cmap="cividis")
+    x, y = np.meshgrid(np.arange(columns), np.arange(rows))
+    axes.quiver(
+        x, y, arrows[..., 0], arrows[..., 1], angles="xy", pivot="mid", color="white", scale=2.2 * columns
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.colorbar(image, ax=axes, label="value")
+    plots.save(figure, out)
+    return figure

@@ -1,0 +1,106 @@
+"""The exact solver against lists of all texts."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl.language import exact, tasks
+from jrl.language.environments import Prompts, TokenReward, token_mdp
+
+V, T, EOS = 3, 3, 0
+
+
+@pytest.fixture(scope="module")
+def solved():
+    """Texts that may end early, and what each earns, from a table."""
+    random = np.random.default_rng(0)
+    worth = jnp.asarray(random.normal(size=(T, V, V)), jnp.float32)
+
+    def step(carry, text, over):
+        place = text.length - 2
+        return (
+            carry,
+            worth[place, text.tokens[text.length - 2], text.tokens[text.length - 1]],
+            jnp.bool_(False),
+        )
+
+    env = token_mdp(
+        Prompts([[1]], [1]), TokenReward(lambda text: (), step), vocab_size=V, max_new_tokens=T, eos=EOS
+    )
+    log_reference = [
+        jax.nn.log_softmax(jnp.asarray(random.normal(size=(V**t, V)), jnp.float32)) for t in range(T)
+    ]
+    texts = [
+        (*body, EOS) for n in range(T) for body in itertools.product(range(1, V), repeat=n)
+    ] + list(itertools.product(range(1, V), repeat=T))  # fmt: skip
+    returns, log_p = [], []
+    for text in texts:
+        total = sum(float(worth[t, ([1, *text])[t], a]) for t, a in enumerate(text))
+        prefixes = [int(sum(a * V ** (t - 1 - k) for k, a in enumerate(text[:t]))) for t in range(len(text))]
+        returns.append(total)
+        log_p.append(sum(float(log_reference[t][prefixes[t], a]) for t, a in enumerate(text)))
+    return exact.enumerate_prefixes(env), log_reference, texts, np.array(returns), np.array(log_p)
+
+
+def text_log_prob(log_policy, texts):
+    return np.array([
+        sum(float(log_policy[t][int(sum(a * V ** (t - 1 - k) for k, a in enumerate(text[:t]))), b])
+            for t, b in enumerate(text))
+        for text in texts
+    ])  # fmt: skip
+
+
+def test_values_are_maxima_over_texts(solved):
+    tree, _, texts, returns, _ = solved
+    q = exact.optimal_values(tree)
+    for a in range(V):
+        best = max(r for text, r in zip(texts, returns, strict=True) if text[0] == a)
+        np.testing.assert_allclose(q[0][0, a], best, rtol=1e-5)
+
+
+def test_soft_policy_is_the_tilted_reference(solved):
+    tree, log_reference, texts, returns, log_p = solved
+    beta = 0.7
+    expected = np.exp(log_p + returns / beta)
+    expected /= expected.sum()
+    ours = np.exp(text_log_prob(exact.soft_policy(tree, log_reference, beta), texts))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_expectation_divergence_and_gradient_are_those_of_the_list(solved):
+    tree, log_reference, texts, returns, log_p = solved
+    p = np.exp(log_p)
+    np.testing.assert_allclose(p.sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(exact.expectation(tree, log_reference), (p * returns).sum(), rtol=1e-4)
+    other = exact.soft_policy(tree, log_reference, 0.7)
+    expected = (p * (log_p - text_log_prob(other, texts))).sum()
+    np.testing.assert_allclose(exact.divergence(tree, log_reference, other), expected, rtol=1e-4)
+
+    def objective(logits):
+        return exact.expectation(tree, [jax.nn.log_softmax(logits), *log_reference[1:]])
+
+    grads = jax.grad(objective)(log_reference[0])[0]
+    first = np.array([text[0] for text in texts])
+    # ∂/∂logit_a E[R] = Σ_text p(text) R ([first = a] − π(a)).
+    slow = [(p * returns * ((first == a) - np.exp(float(log_reference[0][0, a])))).sum() for a in range(V)]
+    np.testing.assert_allclose(grads, slow, atol=1e-5)
+
+
+def test_small_penalties_give_the_greedy_policy_and_large_ones_the_reference():
+    env = tasks.random_rewards(4, 3)
+    tree = exact.enumerate_prefixes(env)
+    uniform = [jnp.full(x.shape, -jnp.log(4.0)) for x in tree.reward]
+    best = exact.optimal_values(tree)[0].max()
+    for policy in (exact.soft_policy, exact.penalised_policy):
+        np.testing.assert_allclose(exact.expectation(tree, policy(tree, uniform, 1e-3)), best, atol=0.01)
+        assert exact.divergence(tree, policy(tree, uniform, 1e4), uniform) < 1e-6
+
+
+def test_there_is_a_prompt_of_that_number():
+    with pytest.raises(ValueError, match="prompt=3: there are 1 prompts, 0 to 0"):
+        exact.enumerate_prefixes(tasks.random_rewards(2, 2), prompt=3)

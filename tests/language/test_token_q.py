@@ -1,0 +1,191 @@
+"""Q-learning over texts: targets against a loop, known values, and offline learning that beats its log."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl.language import dpo, exact, models, preferences, tasks, token_q
+from jrl.language import policy_gradient as pg
+from jrl.language.environments import Prompts, TokenReward, token_mdp
+
+
+def train(algo, hparams, num_steps):
+    hparams = hparams.replace(anneal_env_steps=float(num_steps * algo.env_steps_per_step))
+    hparams = jax.tree.map(jnp.float32, hparams)
+    state = jax.jit(algo.init)(jax.random.key(0), hparams)
+    return jrl.train(algo, state, hparams, num_steps=num_steps)
+
+
+@pytest.fixture(scope="module")
+def small():
+    env = tasks.random_rewards(4, 3)
+    return env, exact.enumerate_prefixes(env)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.9])
+def test_token_dqn_learns_the_exact_values(small, lambda_):
+    """|Q − Q*| ≤ 0.01 everywhere, whatever λ: Watkins's returns are cut at every exploring token."""
+    env, tree = small
+    model = models.table(env, num_q=1)
+    config = token_q.Config(num_envs=256, batch_size=512, capacity=2048, warmup_texts=1024)
+    numbers = token_q.HParams(
+        learning_rate=0.05, epsilon_end=1.0, lambda_=lambda_, tau=0.1, max_grad_norm=1e9
+    )
+    state, _ = train(token_q.make(env, config, model=model), numbers, 200)
+    for obs, q in zip(tree.obs, exact.optimal_values(tree), strict=True):
+        np.testing.assert_allclose(model.prefix(state.params, obs).q[:, 0], q, atol=0.01)
+
+
+def test_a_text_that_is_cut_goes_on_and_one_that_ends_does_not():
+    """Reward 1 at every token for ever, γ = 0.5: the value at the limit is 2 only if truncation bootstraps."""
+    always = TokenReward(lambda text: (), lambda carry, text, over: (carry, 1.0, jnp.bool_(False)))
+    values = {}
+    for at_limit in ("truncate", "terminate"):
+        env = token_mdp(Prompts([[0]], [1]), always, vocab_size=2, max_new_tokens=2, at_limit=at_limit)
+        model = models.table(env, num_q=1)
+        # Behind the limit there is nothing to learn from: its value is given, 2.
+        first = model.init(jax.random.key(0))
+        first["q"] = first["q"].at[-4:].set(2.0)
+        config = token_q.Config(num_envs=16, batch_size=32, capacity=64, warmup_texts=32)
+        algo = token_q.make(env, config, model=model._replace(init=lambda key, first=first: first))
+        state, _ = train(algo, token_q.HParams(learning_rate=0.05, gamma=0.5, tau=0.1), 200)
+        values[at_limit] = np.asarray(state.params["q"][:, 0])
+    np.testing.assert_allclose(values["truncate"], 2.0, atol=0.01)
+    np.testing.assert_allclose(values["terminate"][:1], 1.5, atol=0.01)
+    np.testing.assert_allclose(values["terminate"][1:3], 1.0, atol=0.01)
+
+
+def test_ilql_beats_its_log_and_cql_keeps_to_it(small):
+    """From texts said at random: the policy's return is near the best; CQL's values of unseen tokens are lower."""
+    env, tree = small
+    random = np.random.default_rng(0)
+    said = random.integers(0, 3, (300, 3))  # token 3 is never in the log
+    tokens = np.concatenate([np.zeros((300, 1), int), said], axis=1)
+    data = token_q.replayed(env, tokens, np.zeros(300, int))
+    model = models.table(env, num_q=2)
+    config = token_q.Config(variant="ilql", batch_size=128, num_updates=4)
+    algo = token_q.make(env, config, model=model, data=data)
+    state, _ = train(algo, token_q.HParams(learning_rate=0.05, expectile=0.95, cql_coef=0.1), 150)
+    policy, obs, total, place = algo.policy(state), env.step.start(0)[1], 0.0, env.step.start(0)[0]
+    for _ in range(3):
+        action, _, _ = policy(jax.random.key(0), obs[None])
+        assert action[0] != 3
+        place, obs, reward, *_ = env.step.advance(place, action[0], env.params)
+        total += float(reward)
+    allowed = [mask.at[:, 3].set(False) for mask in tree.allowed]
+    best = float(exact.optimal_values(tree._replace(allowed=tuple(allowed)))[0].max())
+    logged = np.asarray(data.reward.sum(1))
+    assert total > 0.9 * best > logged.mean() + logged.std()
+    q = model.prefix(state.params, tree.obs[0]).q[0]
+    assert (q[:, 3] < q[:, :3].min(-1)).all()
+
+
+def test_logged_texts_are_rated_and_checked():
+    env = jrl.make("RandomWalks-jrl")
+    walks, _ = tasks.logged_walks(tasks.walk_graph(), 50)
+    data = token_q.replayed(env, walks, walks[:, 0] - 1)
+    assert (data.terminated.any(1)).all()
+    with pytest.raises(ValueError, match="text 0 does not begin with prompt"):
+        token_q.replayed(env, walks, walks[:, 0] % 20)
+    with pytest.raises(ValueError, match="token 21 is outside the vocabulary of 21 tokens"):
+        token_q.replayed(env, np.where(walks == 4, 21, walks), walks[:, 0] - 1)
+    with pytest.raises(ValueError, match=r"tokens \(50, 9\).*expected \[N, 10\]"):
+        token_q.replayed(env, walks[:, :9], walks[:, 0] - 1)
+    with pytest.raises(ValueError, match="variant='sarsa': must be one of dqn, ilql"):
+        token_q.Config(variant="sarsa")
+    with pytest.raises(ValueError, match="num_envs=64 exceeds capacity=32"):
+        token_q.Config(capacity=32, warmup_texts=8)
+
+
+# -------------------------------------------------------------------------------------------------- preferences
+
+
+def all_pairs(env):
+    tokens = np.stack(np.unravel_index(np.arange(64), (4, 4, 4)), axis=1)
+    tokens = np.concatenate([np.zeros((64, 1), int), tokens], axis=1).astype(np.int32)
+    returns = np.asarray(token_q.replayed(env, tokens, np.zeros(64, int)).reward.sum(1))
+    first, second = np.triu_indices(64, 1)
+    preference = 1.0 / (1.0 + np.exp(returns[second] - returns[first]))
+    return preferences.Pairs(
+        tokens[first], tokens[second], np.ones(len(first), np.int32), preference
+    ), returns
+
+
+def test_dpo_on_every_pair_finds_the_penalised_optimum(small):
+    """KL(π ‖ π*) ≤ 0.01 nat without a reward, a rollout or a critic."""
+    env, tree = small
+    pairs, _ = all_pairs(env)
+    model = models.table(env)
+    algo = dpo.make(env, dpo.Config(batch_size=512), model=model, pairs=pairs)
+    state, metrics = train(algo, dpo.HParams(learning_rate=0.05, beta=0.5, max_grad_norm=1e9), 60)
+    uniform = [jnp.full(x.shape, -jnp.log(4.0)) for x in tree.reward]
+    ours = [jax.nn.log_softmax(model.prefix(state.params, obs).logits) for obs in tree.obs]
+    best = exact.soft_policy(tree, uniform, 0.5)
+    assert exact.divergence(tree, uniform, best) > 0.3
+    assert exact.divergence(tree, ours, best) <= 0.01
+    assert metrics["accuracy"][-1] > 0.95
+
+
+def test_dpo_loss_is_the_papers_on_the_first_step():
+    """A gradient-free check: at the reference the loss is log 2, whatever the preferences."""
+    env = tasks.random_rewards(3, 2)
+    algo = dpo.make(env, dpo.Config(num_pairs=16, batch_size=8, num_updates=1, hidden_sizes=(8,)))
+    state = algo.init(jax.random.key(0), dpo.HParams())
+    assert ((state.pairs.preference > 0) & (state.pairs.preference < 1)).all()
+    assert (state.pairs.first[:, 1:] >= 0).all()
+    _, metrics = algo.step(state, dpo.HParams())
+    np.testing.assert_allclose(metrics["loss"], np.log(2.0), rtol=1e-6)
+    random = np.random.default_rng(0)
+    difference, preference = random.normal(size=20), random.uniform(size=20)
+    slow = [-p * np.log(1 / (1 + np.exp(-d))) - (1 - p) * np.log(1 / (1 + np.exp(d)))
+            for d, p in zip(difference, preference, strict=True)]  # fmt: skip
+    ours = preferences.bradley_terry_loss(jnp.float32(difference), jnp.float32(preference))
+    np.testing.assert_allclose(ours, np.mean(slow), rtol=1e-5)
+
+
+def test_a_reward_model_recovers_returns_up_to_a_constant_and_can_be_maximised(small):
+    env, _ = small
+    pairs, returns = all_pairs(env)
+    model = models.perceptron(env, (32,))
+    params, losses = preferences.fit(jax.random.key(0), model, pairs, num_steps=800, learning_rate=1e-2)
+    tokens = np.concatenate([pairs.first[:1], pairs.second[:63]])
+    learned = np.asarray(preferences.values(model, params, tokens))
+    np.testing.assert_allclose(learned - learned.mean(), returns - returns.mean(), atol=0.15)
+    assert losses[-1] < losses[0]
+    score = preferences.reward(model, params)
+    judged = token_mdp(
+        Prompts([[0]], [1]), jrl.language.environments.at_end(score), vocab_size=4, max_new_tokens=3,
+        at_limit="terminate",
+    )  # fmt: skip
+    value = exact.optimal_values(exact.enumerate_prefixes(judged))[0].max()
+    np.testing.assert_allclose(value, learned.max(), rtol=1e-5)
+
+
+def test_what_preferences_refuse():
+    pairs = preferences.Pairs(jnp.array([[0, 1]]), jnp.array([[0, -1]]), jnp.array([1]), jnp.array([1.0]))
+    env = tasks.random_rewards(2, 1)
+    with pytest.raises(ValueError, match="text 0 of second is empty"):
+        dpo.make(env, pairs=pairs)
+    with pytest.raises(ValueError, match="preferences must be probabilities"):
+        preferences.check(pairs._replace(preference=jnp.array([jnp.nan])))
+
+
+def test_a_scorer_is_part_of_the_kernel():
+    """A score given to whole texts, its state in the checkpoint, is maximised like a reward."""
+    silent = TokenReward(lambda text: (), lambda carry, text, over: (carry, 0.0, jnp.bool_(False)))
+    env = token_mdp(Prompts([[0]], [1]), silent, vocab_size=3, max_new_tokens=3)
+    scorer = jrl.language.rewards.weighted_sum(
+        {"twos": lambda text: (text.tokens == 2).sum(), "ones": lambda text: (text.tokens == 1).sum()},
+        {"twos": 1.0, "ones": 0.5},
+        normalize=True,
+    )
+    algo = pg.make(
+        env, pg.Config(variant="rloo", num_prompts=1, group_size=64, hidden_sizes=(16,)), scorer=scorer
+    )
+    state, metrics = train(algo, pg.HParams(learning_rate=0.02), 60)
+    assert metrics["score/twos"][-1] > 2.8
+    assert state.scorer.num_texts == 60 * 64

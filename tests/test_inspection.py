@@ -1,0 +1,90 @@
+"""Attributions that add up, values along an episode, maps of a grid."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import cli, dqn, inspection, networks, ppo, td3
+from jrl.envs import to_mdp
+from jrl.ops import mdp
+
+
+@pytest.mark.parametrize(("activation", "num_points"), [("tanh", 256), ("relu", 16_384)])
+def test_integrated_gradients_are_complete(activation, num_points):
+    config = dqn.Config(hidden_sizes=(32, 32), activation=activation, layer_norm=activation == "relu")
+    network = networks.q_network(jrl.make("CartPole-v1"), config)
+    params = network.init(jax.random.key(0), jnp.zeros(4), ())
+    obs, baseline = jax.random.normal(jax.random.key(1), (2, 20, 4))
+
+    def q(obs):
+        return network.apply(params, obs, ())[0][..., 0]
+
+    def attribute(obs, baseline):
+        return inspection.integrated_gradients(q, obs, baseline, num_points=num_points)
+
+    attributed = jax.jit(jax.vmap(attribute))(obs, baseline)
+    assert attributed.shape == (20, 4)
+    np.testing.assert_allclose(attributed.sum(-1), q(obs) - q(baseline), atol=1e-3)
+
+
+def test_attributions_of_a_known_function():
+    obs, zero = {"x": jnp.array([2.0, -1.0])}, {"x": jnp.zeros(2)}
+
+    def function(obs):
+        return obs["x"][0] ** 2 - 3.0 * obs["x"][1]
+
+    np.testing.assert_allclose(inspection.saliency(function, obs)["x"], [4.0, 3.0])
+    np.testing.assert_allclose(
+        inspection.integrated_gradients(function, obs, zero, num_points=8)["x"], [4.0, 3.0], rtol=1e-5
+    )
+
+
+def test_following_a_policy_gives_the_advantages_of_its_rewards():
+    env = jrl.make("ProbeMemory-jrl")
+    algo = ppo.make(
+        env, ppo.Config(num_envs=4, unroll_length=4, hidden_sizes=(4,), memory="gru", memory_size=3)
+    )
+    state = algo.init(jax.random.key(0), ppo.HParams())
+    seen = inspection.follow(
+        jax.random.key(1), env, algo.policy(state), num_steps=9, gamma=0.9, gae_lambda=1.0
+    )
+    # Episodes of three steps: a Monte Carlo advantage is the discounted return less the value.
+    np.testing.assert_array_equal(np.flatnonzero(seen.terminated), [2, 5, 8])
+    for end in (2, 5, 8):
+        for t in range(end - 2, end + 1):
+            expected = 0.9 ** (end - t) * seen.reward[end] - seen.value[t]
+            np.testing.assert_allclose(seen.advantage[t], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_policy_that_tells_no_value():
+    env = jrl.make("Pendulum-v1")
+    algo = td3.make(env, td3.Config(capacity=256, warmup_env_steps=8, hidden_sizes=(4,)))
+    policy = algo.policy(algo.init(jax.random.key(0), td3.HParams()))
+    with pytest.raises(ValueError, match="of which none is a value; take the policy of ppo"):
+        inspection.follow(jax.random.key(1), env, policy, num_steps=2, gamma=0.9)
+
+
+def test_maps_of_a_grid():
+    model = to_mdp(jrl.make("GridWorld-jrl"), 0.9)
+    maps = inspection.grid_maps(mdp.value_iteration(model.mdp).q, 4, 4)
+    np.testing.assert_allclose(
+        [maps.value[2, 3], maps.value[2, 2], maps.value[0, 0]], [1.0, 0.9, 0.59049], atol=1e-5
+    )
+    np.testing.assert_array_equal(maps.arrows[2, 3], [0.0, 1.0])  # down into the goal
+    np.testing.assert_array_equal(maps.arrows[0, 0], [0.5, 0.5])  # right and down are equally good
+    with pytest.raises(ValueError, match=r"shape \(15, 4\), where 4 × 4 cells with 4 actions need \(16, 4\)"):
+        inspection.grid_maps(jnp.zeros((15, 4)), 4, 4)
+
+
+def test_the_command_draws_an_episode_and_a_grid(tmp_path, capsys):
+    out = tmp_path / "run"
+    jrl.run("tabular", "GridWorld-jrl", env_steps=2_000, out=out, eval_episodes=1, progress="none")
+    assert cli.main(["inspect", str(out), "--steps", "20"]) == 0
+    assert capsys.readouterr().out.split()[-2:] == [str(out / name) for name in ("episode.png", "grid.png")]
+    for name in ("episode.png", "grid.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["inspect", str(out), "--steps", "0"]) != 0

@@ -1,0 +1,193 @@
+"""One stage after another: what a run starts from, and how much sooner it arrives."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import dqn, networks, ppo, sac, stages, tabular
+from jrl.envs import to_mdp
+from jrl.ops import mdp
+from jrl.types import Network
+
+GAMMA = 0.95
+SIZES = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
+
+
+def fresh(module, env="CartPole-v1", **choices):
+    algo = module.make(jrl.make(env), module.Config(**choices))
+    return algo, jax.jit(algo.init)(jax.random.key(0), module.HParams())
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_warm_start_replaces_parameters_and_targets_and_shares_nothing():
+    algo, state = fresh(dqn, **SIZES)
+    other = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
+    warm = jrl.warm_start(state, other)
+    assert_equal(warm.params, other)
+    assert_equal(warm.target_params, other)
+    assert_equal(warm.opt_state, state.opt_state)
+    jax.jit(algo.step, donate_argnums=0)(warm, dqn.HParams())  # no buffer twice
+    assert_equal(other, jax.tree.map(lambda leaf: leaf + 1.0, state.params))
+
+
+def test_a_part_of_the_parameters():
+    _, state = fresh(sac, "Pendulum-v1", **SIZES)
+    critic = jax.tree.map(lambda leaf: leaf + 1.0, state.params["critic"])
+    warm = jrl.warm_start(state, {"critic": critic})
+    assert_equal(warm.params["critic"], critic)
+    assert_equal(warm.target_critic, critic)
+    assert_equal(warm.params["actor"], state.params["actor"])
+
+
+def test_parameters_of_another_network():
+    _, state = fresh(dqn, **SIZES)
+    _, wider = fresh(dqn, **SIZES | {"hidden_sizes": (16,)})
+    with pytest.raises(
+        ValueError, match=r"\['kernel'\] is float32\[16, 2\], where the algorithm has float32\[8, 2\]"
+    ):
+        jrl.warm_start(state, wider.params)
+    with pytest.raises(
+        ValueError, match=r"is missing, where the algorithm has .*: the networks must be built alike"
+    ):
+        jrl.warm_start(state, {"params": {}})
+
+
+# -------------------------------------------------------------------------------- how much sooner it arrives
+
+
+@functools.cache
+def grid():
+    """The 8×8 grid with its goal in a corner, begun anywhere; its process, the chances to start, and the solution."""
+    env = jrl.make("GridWorld-jrl", rows=8, columns=8, goals=(63,), traps=(54,), start=-1)
+    process, start, _ = to_mdp(env, GAMMA)
+    return env, process, start, mdp.value_iteration(process)
+
+
+def linear_q():
+    """A table as a network: with one-hot observations the weights are Q."""
+    return Network(
+        init=lambda key, obs, memory: 0.01 * jax.random.normal(key, (64, 4)),
+        apply=lambda params, obs, memory: (obs @ params, memory),
+    )
+
+
+def env_steps_to_95_percent(algo, state, hparams, num_steps, head):
+    """Environment steps until the greedy policy is worth 95 % of the optimum, exactly evaluated over all starts."""
+    _, process, start, solution = grid()
+
+    def step(state, _):
+        state, _ = algo.step(state, hparams)
+        greedy = mdp.greedy_policy(head(state.params, jnp.eye(64)))
+        return state, start @ mdp.evaluate_policy(process, greedy)
+
+    _, value = jax.jit(lambda state: jax.lax.scan(step, state, length=num_steps))(state)
+    optimum = float(start @ solution.value)
+    reached = np.asarray(value) >= 0.95 * optimum
+    assert reached.any(), f"best {value.max()} of {optimum}"
+    return (int(np.argmax(reached)) + 1) * algo.env_steps_per_step
+
+
+@pytest.mark.slow
+def test_ppo_after_cloning_noisy_demonstrations_needs_half_the_steps():
+    env, _, _, solution = grid()
+    config = ppo.Config(num_envs=16, unroll_length=32, hidden_sizes=(32,))
+    algo, network = ppo.make(env, config), networks.actor_critic(env, config)
+    hparams = ppo.HParams(gamma=GAMMA, learning_rate=3e-3)
+
+    def head(params, obs):
+        return network.apply(params, obs, ())[0][0]
+
+    demonstration_key, noise_key, fit_key = jax.random.split(jax.random.key(1), 3)
+    cells = jax.random.randint(demonstration_key, (400,), 0, 64)
+    best = solution.policy.argmax(-1)[cells].astype(jnp.int32)
+    # A third of the demonstrated actions are any action.
+    noise = jax.random.randint(noise_key, (2, 400), 0, 12)
+    action = jnp.where(noise[0] < 4, noise[1] % 4, best)
+    ratios = []
+    for seed in range(3):
+        cold = jax.jit(algo.init)(jax.random.key(seed), hparams)
+        params, losses = stages.fit(
+            fit_key,
+            stages.cloning_loss(network, env.action),
+            cold.params,
+            (jnp.eye(64)[cells], action),
+            num_steps=300,
+            batch_size=64,
+        )
+        assert losses[-20:].mean() < losses[:20].mean()
+        warm = jrl.warm_start(cold, params)
+        steps = [env_steps_to_95_percent(algo, state, hparams, 300, head) for state in (warm, cold)]
+        ratios.append(steps[0] / steps[1])
+    assert np.median(ratios) <= 0.5, ratios
+
+
+@pytest.mark.slow
+def test_dqn_from_a_table_needs_half_the_steps():
+    env, *_ = grid()
+    table = tabular.make(env, tabular.Config(unroll_length=100))
+    numbers = tabular.HParams(gamma=GAMMA)
+    learned = jax.jit(table.init)(jax.random.key(5), numbers)
+    learned, _ = jrl.train(table, learned, numbers, num_steps=300)
+    config = dqn.Config(num_envs=8, unroll_length=4, capacity=8192, warmup_env_steps=256, num_updates=4)
+    algo = dqn.make(env, config, network=linear_q())
+    hparams = dqn.HParams(gamma=GAMMA, learning_rate=1e-2, epsilon_env_steps=5_000.0, target_period=320.0)
+    ratios = []
+    for seed in range(3):
+        cold = jax.jit(algo.init)(jax.random.key(seed), hparams)
+        warm = jrl.warm_start(cold, learned.params)
+        steps = [
+            env_steps_to_95_percent(algo, state, hparams, 2000, lambda params, obs: obs @ params)
+            for state in (warm, cold)
+        ]
+        ratios.append(steps[0] / steps[1])
+    assert np.median(ratios) <= 0.5, ratios
+
+
+@pytest.mark.slow
+def test_a_student_of_a_quarter_keeps_the_return():
+    env = jrl.make("CartPole-v1")
+    algo = dqn.make(env)
+    hparams = dqn.HParams(anneal_env_steps=2e5, epsilon_env_steps=5e4)
+    state = jax.jit(algo.init)(jax.random.key(0), hparams)
+    state, _ = jrl.train(algo, state, hparams, num_steps=19_000)
+    teacher = algo.policy(state)
+    # What the teacher sees when it acts, a little at random: 256 environments, 200 steps.
+    envs = jrl.envs.vectorize(env, 256)
+    start = jrl.rollout.start(jax.random.key(1), envs, env.params, 256)
+    wandering = algo.policy(state, greedy=False, epsilon=0.2)
+    _, seen, _ = jax.jit(jrl.rollout.unroll, static_argnums=(1, 5))(
+        jax.random.key(2), envs, env.params, wandering, start, 200
+    )
+    data = (seen.obs.reshape(-1, 4), seen.extras["q"].reshape(-1, 2))
+    config = dqn.Config(hidden_sizes=(56, 38))
+    student = networks.q_network(env, config)
+    params = student.init(jax.random.key(3), jnp.zeros(4), ())
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, state.params)]
+    assert sizes[0] <= 0.25 * sizes[1]
+    params, _ = stages.fit(
+        jax.random.key(4),
+        stages.distillation_loss(student, 0.1),
+        params,
+        data,
+        num_steps=3000,
+        batch_size=256,
+    )
+
+    def act(key, obs, memory):
+        return student.apply(params, obs, ())[0].argmax(-1).astype(jnp.int32), memory, ()
+
+    returns = [
+        jrl.evaluate(jax.random.key(6), env, policy, num_episodes=100).episode_return.mean()
+        for policy in (act, teacher)
+    ]
+    assert returns[1] > 400.0
+    assert returns[0] >= 0.95 * returns[1], returns
