@@ -118,3 +118,19 @@ def make(env, config):
         return Policy(act if greedy else sample, state.params)
 
     return Algorithm(init, step, policy, num_env_steps)
+
+
+class Ranked:
+    """The same with the learning rate as its return, so that the best setting is known."""
+
+    Config, HParams = Config, HParams
+
+    @staticmethod
+    def make(env, config):
+        algo = make(env, config)
+
+        def step(state, hparams):
+            state, metrics = algo.step(state, hparams)
+            return state, {**metrics, "episode_return": hparams.learning_rate * (metrics["num_episodes"] > 0)}
+
+        return algo._replace(step=step)

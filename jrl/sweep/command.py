@@ -33,6 +33,9 @@ class Options:
     """Stop the worst settings early: successive halving."""
     eta: float = 3.0
     """With halving: the factor by which settings get fewer at each rung."""
+    rungs: int = 0
+    """With halving: rungs, the end of the run among them; 0 for as many as leave one setting. With fewer the first
+    decision is later, and several settings are trained to the end."""
     pbt: bool = False
     """Replace the worst members by changed copies of the best ones: population-based training."""
     pbt_interval: int = 0
@@ -174,7 +177,7 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
 
     import jax
 
-    from jrl.sweep import search, spaces
+    from jrl.sweep import spaces
 
     devices = jax.devices()
     if options.devices > len(devices) and not options.distributed:
@@ -197,7 +200,7 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "random": random,
         "num_random": options.random,
         "search_seed": options.search_seed,
-        "halving": search.Halving(options.eta) if options.halving else None,
+        "halving": _halving(options),
         "pbt": _pbt(options, random),
         "eval_episodes": options.eval_episodes,
         # of several processes each brings its own
@@ -207,6 +210,17 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "checkpoint_seconds": options.checkpoint_seconds,
         "progress": None if options.progress == "auto" else options.progress,
     }
+
+
+def _halving(options: Options) -> Any:
+    """Return what the flags say of successive halving; None where they do not ask for it."""
+    from jrl.sweep import search
+
+    if not options.halving:
+        if options.eta != Options.eta or options.rungs:
+            raise RunError("--eta and --rungs are of successive halving; add --halving.")
+        return None
+    return search.Halving(options.eta, options.rungs or None)
 
 
 def _pbt(options: Options, random: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_algorithm import Ranked
 
 import jrl
 from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
@@ -160,22 +161,6 @@ def test_parameters_that_are_not_finite_are_seen_too():
 
 
 # ------------------------------------------------------------------------------------------------ halving
-
-
-class Ranked:
-    """The fake algorithm with the learning rate as its return, so that the best setting is known."""
-
-    Config, HParams = fake.Config, fake.HParams
-
-    @staticmethod
-    def make(env, config):
-        algo = fake.make(env, config)
-
-        def step(state, hparams):
-            state, metrics = algo.step(state, hparams)
-            return state, {**metrics, "episode_return": hparams.learning_rate * (metrics["num_episodes"] > 0)}
-
-        return algo._replace(step=step)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -540,6 +525,8 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--grid", "learning_rate="], "--grid learning_rate=: expected NAME=VALUE"),
         (["--random", "2", "--space", "learning_rate=uniform:2:1"], "uniform(low=2, high=1): low must be below high"),
         (["--static-grid", "num_env=1"], "--static-grid num_env: Config has no such field. Nearest: num_envs"),
+        (["--rungs", "3"], "add --halving"),
+        (["--halving", "--rungs", "1"], "num_rungs=1): needs at least 2"),
         (["--explore", "learning_rate=0:1"], "add --pbt"),
         (["--pbt"], "--pbt: no hyperparameter to change"),
         (["--pbt", "--explore", "learning_rate=1:0"], "low must be below high"),
