@@ -564,11 +564,17 @@ class _Sweep:
             devices=self.devices,
             chunk=self.record["chunk"],
         )
-        self.init = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
+        self.init: Callable[..., Any] | None = None  # compiled where members start
+        self.resident: list[int] = [doctor.resident_memory() or 0]
 
     def start(self, who: np.ndarray) -> Any:
         """Initialise the members ``who``, and learn how many steps their warm-up took."""
-        states = self.init(*self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who))
+        arguments = self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who)
+        if self.init is None:  # by itself, so that the memory of compiling is none of the training's
+            init: Any = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
+            self.init = init.lower(*arguments).compile()
+            self.resident = [doctor.resident_memory() or 0]
+        states = self.init(*arguments)
         self.warmup = 0
         if hasattr(states, "env_steps"):
             self.warmup = counter.to_int(states.env_steps.addressable_shards[0].data[0])
@@ -632,7 +638,6 @@ class _Sweep:
                     "fewer, or set chunk (--chunk) yourself."
                 )
             self.show.message(str(self.plan_))
-            self.resident: list[int] = [doctor.resident_memory() or 0]
             states = self.train(search, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
