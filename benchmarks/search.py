@@ -99,7 +99,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         count = sum(search["learning_rate"] == winner for search in searches)
         above.plot(
             winner, estimate[rates.index(winner)], "*", ms=15, color=COLOURS[1], mec="white",
-            label=f"found by {count} of {len(searches)} searches: {winner:.3g}",
+            label=f"chosen by {count} of {len(searches)} searches: {winner:.3g}",
         )  # fmt: skip
     above.set_ylabel("final return")
     above.legend(loc="best", fontsize=8, framealpha=0.85, edgecolor="none")
