@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.records import CheckpointError, CorruptCheckpointError, write_json
+from jrl.records import CheckpointError, CorruptCheckpointError, check_path, write_json
 from jrl.types import PyTree
 
 FORMAT = "jrl-checkpoint-1"
@@ -87,7 +87,7 @@ def save(
         The folder of this checkpoint.
 
     Raises:
-        ValueError: ``step < 0`` or ``keep < 1``.
+        ValueError: ``step < 0`` or ``keep < 1``, or the path has one of ``*?[`` (:func:`jrl.records.check_path`).
         OSError: the disk is full or the folder cannot be written to; what was saved before is still there.
     """
     if step < 0:
@@ -96,6 +96,7 @@ def save(
         raise ValueError(f"keep={keep}: at least one checkpoint must stay; pass keep=None to keep all.")
     held = state if isinstance(state, Snapshot) else snapshot(state)
     folder = Path(folder).absolute()
+    check_path(folder)
     first = jax.process_index() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)

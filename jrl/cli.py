@@ -111,9 +111,7 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
 def _configure_devices(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
     """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise."""
     sweeps = bool(args) and args[0] in ("sweep", "plan")
-    sweeps |= (
-        bool(args) and args[0] == "resume" and any((Path(arg) / records.SWEEP).exists() for arg in args[1:])
-    )
+    sweeps |= bool(args) and args[0] == "resume" and any(_is_sweep(Path(arg)) for arg in args[1:])
     if not sweeps:
         xla.configure(environ)
         return
@@ -123,6 +121,10 @@ def _configure_devices(args: Sequence[str], environ: MutableMapping[str, str]) -
         if name == "--devices" and (text := joined or value).isdecimal() and int(text) > 0:
             num_devices = int(text)
     xla.configure(environ, num_devices=num_devices, vmapped=False)
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
 
 
 def _complain(text: str, code: int = 2) -> int:
@@ -263,7 +265,7 @@ def resume(args: Sequence[str]) -> int:
             env_steps: a new, larger total of environment steps (of a language model: tokens).
             progress: auto: a bar on a terminal, lines elsewhere.
         """
-        if (path / records.SWEEP).exists():
+        if _is_sweep(path):
             return _resume_sweep(path, env_steps, progress)
         shown = None if progress == "auto" else progress
         if _is_language_model(path):
@@ -435,13 +437,10 @@ def _warn_of_other_measures(read: Sequence[Any], paths: Sequence[Path]) -> None:
             RunWarning,
             stacklevel=2,
         )
-    from jrl import records
-
-    runs = [path for path in paths if (path / records.RUN).exists()]
-    names = dict.fromkeys(records.read_run(path)["environment"]["name"] for path in runs)
+    names = dict.fromkeys(filter(None, map(records.environment_name, paths)))
     if len(names) > 1:
         warnings.warn(
-            f"the runs are of different environments ({', '.join(names)}): their returns have no common unit.",
+            f"the folders are of different environments ({', '.join(names)}): their returns have no common unit.",
             RunWarning,
             stacklevel=2,
         )

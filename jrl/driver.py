@@ -305,7 +305,11 @@ def evaluate(
     Raises:
         RunError, CheckpointError: as :func:`load`.
     """
-    if (Path(path) / records.SWEEP).exists():
+    if (Path(path) / records.GROUPS).exists() and member is not None:
+        from jrl.sweep import groups  # imports this module
+
+        path, member = groups.locate(Path(path), member)
+    if any((Path(path) / name).exists() for name in (records.SWEEP, records.GROUPS)):
         from jrl import sweep  # imports this module
 
         if member is None or step is not None:

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FORMAT, SWEEP_FORMAT = "jrl-run-1", "jrl-sweep-1"
+FORMAT, SWEEP_FORMAT, GROUPS_FORMAT = "jrl-run-1", "jrl-sweep-1", "jrl-sweep-groups-1"
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
-SWEEP, TABLE = "sweep.json", "table.csv"
+SWEEP, GROUPS, TABLE = "sweep.json", "groups.json", "table.csv"
 CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
 TENSORBOARD, TOKENIZER = "tensorboard", "jrl_tokenizer.json"
 
@@ -110,6 +110,25 @@ def read_sweep(folder: str | os.PathLike) -> dict[str, Any]:
     return _read_record(Path(folder), SWEEP, SWEEP_FORMAT, "a sweep's folder", rule)
 
 
+def read_groups(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return ``groups.json`` of a folder with one sweep for each of several static choices.
+
+    Raises:
+        RunError: it is not there, not readable, or not written by jrl.
+    """
+    rule = "A folder of sweeps is what jrl sweep --static-grid made; pass one of those."
+    return _read_record(Path(folder), GROUPS, GROUPS_FORMAT, "a folder of sweeps", rule)
+
+
+def environment_name(folder: Path) -> str | None:
+    """Return what a run, a sweep or the sweeps in a folder were trained on; None where nothing says."""
+    for name, read in ((RUN, read_run), (SWEEP, read_sweep)):
+        if (folder / name).exists():
+            return read(folder)["environment"]["name"]
+    inner = folder.glob(f"*/{SWEEP}") if (folder / GROUPS).exists() else ()
+    return next((environment_name(path.parent) for path in inner), None)
+
+
 def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> dict[str, Any]:
     path = folder / name
     try:
@@ -184,6 +203,7 @@ def check_new(folder: Path, overwrite: bool) -> None:
     Raises:
         RunError: the path is no folder, not writable, or holds a run (unless ``overwrite``) or other files.
     """
+    check_path(folder)
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -197,7 +217,8 @@ def check_new(folder: Path, overwrite: bool) -> None:
     if existing != folder:
         return
     names = {entry.name for entry in folder.iterdir() if not _is_trace(entry)}
-    if kind := {RUN: "run", SWEEP: "sweep"}.get(next(iter(names & {RUN, SWEEP}), "")):
+    kinds = {RUN: "run", SWEEP: "sweep", GROUPS: "sweep"}
+    if kind := next((kinds[name] for name in kinds if name in names), None):
         if not overwrite:
             raise RunError(
                 f"run folder {folder} already holds a {kind}. A folder is used once, so that nothing saved is "
@@ -212,11 +233,24 @@ def check_new(folder: Path, overwrite: bool) -> None:
         )
 
 
+def check_path(folder: Path) -> None:
+    """Refuse a path that orbax would take for a pattern: it would not find what it has just written there.
+
+    Raises:
+        RunError: the path has one of ``*?[``.
+    """
+    if found := sorted(set("*?[") & set(str(folder.absolute()))):
+        raise RunError(
+            f"{folder.absolute()} has {' and '.join(found)} in it, with which checkpoints cannot be written: choose a "
+            "path without with --out (out=...)."
+        )
+
+
 def _is_trace(entry: Path) -> bool:
     """Tell what a run that ended before it began leaves behind: nothing worth keeping."""
     if entry.name == CHECKPOINTS and entry.is_dir():
         return not any(entry.iterdir())
-    return entry.name in (LOCK, TOKENIZER) or entry.name.startswith((f".{RUN}.", f".{SWEEP}."))
+    return entry.name in (LOCK, TOKENIZER) or entry.name.startswith((f".{RUN}.", f".{SWEEP}.", f".{GROUPS}."))
 
 
 def create(folder: Path) -> None:
@@ -231,7 +265,7 @@ def create(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed)."""
     try:
-        for name in (RUN, SWEEP, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
+        for name in (RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             if (folder / name).exists():

@@ -7,6 +7,7 @@ Members without a final return, such as frozen ones, are left out of the means a
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import textwrap
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from matplotlib.lines import Line2D
 
 from jrl import statistics
 from jrl.plots import COLOURS, SINGLE, STYLES, new_figure, over_env_steps, plain, save
-from jrl.tables import Table, distinct, number, setting
+from jrl.tables import LINEAGE, Table, distinct, number, setting
 
 FROZEN = "0.1"
 _RESAMPLES = 500  # finer than a line is wide
@@ -105,11 +106,15 @@ def sensitivity(
     """
     _check_swept("sensitivity", table, name)
     returns = _returns("sensitivity", table)
-    x = np.array(table.columns[name], float)
+    texts = distinct(table.columns[name]) if isinstance(table.columns[name][0], str) else []
+    x = np.array([texts.index(v) if texts else v for v in table.columns[name]], float)
     figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
     values = np.array(distinct(x))
-    _spaced(axes, values)
+    if texts:
+        axes.set_xticks(values, texts)
+    else:
+        _spaced(axes, values)
     known = np.isfinite(returns)
     bins = _bins(x)
     neighbours = len(bins) < len(values)
@@ -220,6 +225,57 @@ def heat_map(
         title = _over([part for _, part in table.groups([x, y])], bands=False)
         title += "; grey: no return" if np.isnan(cells).any() else ""
     axes.set_title(title, loc="left", fontsize=10)
+    save(figure, out)
+    return figure
+
+
+def schedules(
+    table: Table, name: str, *, out: str | os.PathLike | None = None, title: str | None = None
+) -> Figure:
+    """Plot a hyperparameter over environment steps, as population-based training has changed it: a line a policy.
+
+    A line is the ancestry of a member's policy, its colour the final return; the best one stands out. Lines meet
+    where one policy descends from another.
+
+    Args:
+        table: of population-based training.
+        name: of a swept value.
+        out: where to save it; not saved if None.
+        title: above the axes.
+
+    Raises:
+        ValueError: ``name`` was not swept, the table has no lineage, or no member has a final return.
+    """
+    _check_swept("schedules", table, name)
+    if LINEAGE not in table.columns:
+        raise ValueError("schedules: the table has no lineage; only population-based training has one.")
+    returns = _returns("schedules", table)
+    figure = new_figure(8.5, 4.5)
+    axes = figure.add_subplot()
+    norm = colors.Normalize(np.nanmin(returns), np.nanmax(returns))
+    seen = []
+    for row in range(len(table)):
+        path = json.loads(table.columns[LINEAGE][row])
+        at = [step for step, _, _ in path] + [table.columns["env_steps"][row]]
+        values = [numbers[name] for _, _, numbers in path]
+        seen += values
+        best = row == np.nanargmax(returns)
+        colour = SCALE(norm(returns[row])) if np.isfinite(returns[row]) else "0.72"
+        axes.step(
+            at, [*values, values[-1]], where="post", color="black" if best else colour, lw=2.2 if best else 1.0,
+            zorder=3 if best else 2, label=f"best member ({number(returns[row])})" if best else None,
+        )  # fmt: skip
+    bar = figure.colorbar(
+        matplotlib.cm.ScalarMappable(norm, SCALE), ax=axes, label=_final_label(table), pad=0.02
+    )
+    bar.outline.set_visible(False)
+    if log_spaced(seen) and min(seen) > 0:
+        axes.set_yscale("log")
+    axes.set_ylabel(name)
+    over_env_steps(axes)
+    plain(axes)
+    axes.set_title(title if title is not None else _members(table), loc="left", fontsize=10)
+    axes.legend(loc="best", fontsize=8, framealpha=0.85, edgecolor="none")
     save(figure, out)
     return figure
 
@@ -378,8 +434,8 @@ def compared_curves(
 def figures(table: Table, folder: str | os.PathLike) -> list[Path]:
     """Draw what fits the table into a folder and return the files: curves, sensitivities, heat maps, a profile.
 
-    Raises:
-        ValueError: there is nothing to draw: no episode has ended in any member.
+    None of what there is no return for: curves where no episode has ended in training, the others where no member
+    has a final return.
     """
     folder = Path(folder)
     several = [name for name in table.swept if len(set(table.columns[name])) > 1]
@@ -389,11 +445,14 @@ def figures(table: Table, folder: str | os.PathLike) -> list[Path]:
         files.append(folder / f"{name}.png")
         figure(table, *arguments, out=files[-1])
 
-    draw("learning_curves", learning_curves)
+    if np.isfinite(table.curves).any():
+        draw("learning_curves", learning_curves)
     if not np.isfinite(table.final_returns).any():
         return files
     for name in several:
         draw(f"sensitivity_{name}", sensitivity, name)
+        if LINEAGE in table.columns:
+            draw(f"schedules_{name}", schedules, name)
     for x, y in itertools.combinations(several, 2):
         pairs = len(table.groups([x, y]))
         # Values drawn at random make an almost empty grid, of which a heat map shows nothing.
@@ -447,7 +506,8 @@ def _many_curves(figure: Figure, axes: Any, groups: list[tuple[dict, Table]], la
     best = np.argsort(-np.where(np.isfinite(scores), scores, -np.inf), kind="stable")[:_BEST].tolist()
     (name, *more) = groups[0][0]
     values = [next(iter(group.values())) for group, _ in groups]
-    if more:
+    grey = bool(more) or isinstance(values[0], str)  # what has no place on a scale
+    if grey:
         shades = ["0.72"] * len(groups)
     else:
         norm = (colors.LogNorm if log_spaced(values) and min(values) > 0 else colors.Normalize)(
@@ -462,16 +522,16 @@ def _many_curves(figure: Figure, axes: Any, groups: list[tuple[dict, Table]], la
             _curve(axes, part, color=shades[index], lw=0.9, alpha=0.8, zorder=1.5)
     halo = [patheffects.Stroke(linewidth=4.0, foreground="white"), patheffects.Normal()]
     for rank, index in reversed(list(enumerate(best))):
-        colour = COLOURS[rank] if more else "black"
+        colour = COLOURS[rank] if grey else "black"
         _curve(
             axes, parts[index], color=colour, ls=STYLES[rank], lw=1.9, path_effects=halo, zorder=3,
             band=0.15 if rank == 0 else 0.0,
         )  # fmt: skip
     for rank, index in enumerate(best):
-        colour = COLOURS[rank] if more else "black"
+        colour = COLOURS[rank] if grey else "black"
         score = f"  ({number(scores[index])})" if np.isfinite(scores[index]) else ""
         axes.plot([], [], color=colour, ls=STYLES[rank], lw=1.9, label=f"{labels[index]}{score}")
-    if more:
+    if grey:
         axes.plot([], [], color="0.72", lw=0.9, label=f"{len(parts) - len(best)} others")
     for part in parts:
         _mark_frozen(axes, part, size=5)

@@ -4,6 +4,8 @@
 
     member, seed, <swept values by name>, episode_return_mean, ..., frozen_why, curve, curve_env_steps
 
+Of population-based training there is ``lineage`` behind ``frozen_why``.
+
 Tidy: every column is one variable, every row one member. In a CSV file a number that is not there is an empty
 cell and NaN is ``nan``; the curve is a JSON list, in which NaN is ``null``.
 """
@@ -31,9 +33,10 @@ RESULTS = (
     *("num_episodes", "train_return", "env_steps", "status", "frozen_at", "frozen_why"),
 )
 CURVE = ("curve", "curve_env_steps")
+LINEAGE = "lineage"
 STATUSES = ("ok", "frozen", "stopped")
 _INTEGERS = ("member", "seed", "num_episodes", "env_steps", "frozen_at")
-_TEXTS = ("status", "frozen_why")
+_TEXTS = ("status", "frozen_why", LINEAGE)
 _OPTIONAL = (*RESULTS[:5], "frozen_at", "frozen_why")
 _LONGEST_CELL = 2**31 - 1  # the csv module's own limit, 131072, is a curve of some 8,000 points
 
@@ -43,11 +46,15 @@ class Table:
     """Results of the ``M`` members of a sweep.
 
     Args:
-        columns: lists of length ``M`` by name, in this order: ``member`` and ``seed``; the swept values;
+        columns: lists of length ``M`` by name, in this order: ``member`` and ``seed``; the swept values, numbers
+            or (static choices) texts;
             ``episode_return_mean``, ``_std``, ``_min`` and ``_max`` and ``num_episodes`` of the final
             evaluation, None where there was none; ``train_return``, the training return over the last 10 % of
             the run (NaN where no episode ended); ``env_steps``; ``status``, "ok", "frozen" or "stopped";
-            ``frozen_at`` in env steps and ``frozen_why``, None for members that were not frozen.
+            ``frozen_at`` in env steps and ``frozen_why``, None for members that were not frozen. Of population-based
+            training the swept values are those at the end, and ``lineage`` follows: the ancestry of the member's
+            policy as JSON, ``[[env step, member, {name: value}], ...]``: from that step on it was trained as that
+            member (whose curve shows it) with these values.
         curve_env_steps: ``[T]``, increasing.
         curves: ``[M, T]``, training return of the episodes that ended since the last point, NaN where none did.
         swept: the names of the swept columns; the seed is none of them.
@@ -197,11 +204,14 @@ class Table:
         for number, row in enumerate(rows, start=1):
             for name, cell in zip(header, row, strict=True):
                 try:
-                    columns[name].append(_parse(name, cell))
+                    columns[name].append(_parse(name, cell, text=name in swept))
                 except ValueError as error:
                     raise RunError(
                         f"{path}, row {number}, column {name}: {_excerpt(cell)} {error}. {_RULE}"
                     ) from error
+        for name in swept:  # a static choice such as a list of widths
+            if any(isinstance(value, str) for value in columns[name]):
+                columns[name] = [str(value) for value in columns[name]]
         return _from_columns(path, columns, swept)
 
     def to_parquet(self, path: str | os.PathLike) -> None:
@@ -213,7 +223,8 @@ class Table:
         pyarrow, parquet = _pyarrow()
         fields: dict[str, Any] = {}
         for name, values in self.columns.items():
-            kind = pyarrow.string() if name in _TEXTS else pyarrow.float64()
+            texts = name in _TEXTS or any(isinstance(value, str) for value in values)
+            kind = pyarrow.string() if texts else pyarrow.float64()
             if name in _INTEGERS or (name in self.swept and all(isinstance(v, int) for v in values)):
                 kind = pyarrow.int64()
             fields[name] = pyarrow.array(values, kind)
@@ -339,8 +350,10 @@ def setting(values: dict[str, float]) -> str:
     return ", ".join(f"{name}={number(value)}" for name, value in values.items()) or "all members"
 
 
-def number(value: float) -> str:
-    """Write a number in three digits, more if it is large: 12345, 482, 12.3, 0.0003, 3e-07, 3.59 M."""
+def number(value: float | str) -> str:
+    """Write a number in three digits, more if it is large: 12345, 482, 12.3, 0.0003, 3e-07, 3.59 M; a text as it is."""
+    if isinstance(value, str):
+        return value
     if 1e6 <= abs(value) < 1e9:
         return f"{value / 1e6:.3g} M"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
@@ -350,13 +363,15 @@ _RULE = "A table is what a sweep writes: restore the file, or run the sweep agai
 
 
 def _check(table: Table) -> None:
-    expected = (*FIRST, *table.swept, *RESULTS)
+    expected = (*FIRST, *table.swept, *RESULTS, *((LINEAGE,) if LINEAGE in table.columns else ()))
     if tuple(table.columns) != expected:
         raise ValueError(
             f"a table has the columns {', '.join(expected)}, in this order; these are "
             f"{', '.join(table.columns) or 'none'}."
         )
-    clash = sorted(set(table.swept) & {*FIRST, *RESULTS, *CURVE}) or len(set(table.swept)) < len(table.swept)
+    clash = sorted(set(table.swept) & {*FIRST, *RESULTS, *CURVE, LINEAGE}) or len(set(table.swept)) < len(
+        table.swept
+    )
     if clash:
         raise ValueError(f"swept={table.swept!r}: a swept value needs a name of its own.")
     members = len(table.columns["member"])
@@ -366,7 +381,7 @@ def _check(table: Table) -> None:
         if len(values) != members:
             raise ValueError(f"column {name!r} has {len(values)} rows and 'member' {members}.")
         for value in values:
-            if not _fits(name, value):
+            if not (_fits(name, value) or (name in table.swept and isinstance(value, str) and value)):
                 raise ValueError(f"column {name!r} holds {value!r}: {_kind(name)} is expected there.")
     steps = table.curve_env_steps
     if steps.ndim != 1 or table.curves.shape != (members, len(steps)):
@@ -407,6 +422,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _swept(path: Path, header: Sequence[str]) -> tuple[str, ...]:
+    header = [name for name in header if name != LINEAGE]
     first, last = len(FIRST), len(RESULTS) + len(CURVE)
     found = (*header[:first], *header[max(len(header) - last, first) :])
     if found != (*FIRST, *RESULTS, *CURVE):
@@ -416,7 +432,7 @@ def _swept(path: Path, header: Sequence[str]) -> tuple[str, ...]:
     return tuple(header[first : len(header) - last])
 
 
-def _parse(name: str, cell: str) -> Any:
+def _parse(name: str, cell: str, text: bool) -> Any:
     if name in CURVE:
         values = json.loads(cell)
         if not isinstance(values, list):
@@ -437,6 +453,8 @@ def _parse(name: str, cell: str) -> Any:
     try:
         return float(cell)
     except ValueError:
+        if text:
+            return cell
         raise ValueError("is not a number") from None
 
 

@@ -76,6 +76,8 @@ class State:
     step: jax.Array
     env_steps: jax.Array
     key: jax.Array
+    nothing: jax.Array
+    """[0], as what another choice would need."""
 
 
 def make(env, config):
@@ -86,7 +88,7 @@ def make(env, config):
         params_key, state_key = jax.random.split(key)
         params = {"w": jax.random.normal(params_key, config.sizes)}
         env_steps = counter.add(counter.zero(), config.warmup)
-        return State(params, jnp.int32(0), env_steps, state_key)
+        return State(params, jnp.int32(0), env_steps, state_key, jnp.zeros(0))
 
     def step(state, hparams):
         key, noise_key = jax.random.split(state.key)
@@ -106,7 +108,7 @@ def make(env, config):
             "loss": jnp.nan_to_num(loss, nan=jnp.nan),
         }
         env_steps = counter.add(state.env_steps, num_env_steps)
-        return State({"w": w}, state.step + 1, env_steps, key), metrics
+        return State({"w": w}, state.step + 1, env_steps, key, state.nothing), metrics
 
     def act(params, key, obs, memory):
         return jnp.ones(obs.shape[:-1], jnp.int32), memory, ()
@@ -118,3 +120,19 @@ def make(env, config):
         return Policy(act if greedy else sample, state.params)
 
     return Algorithm(init, step, policy, num_env_steps)
+
+
+class Ranked:
+    """The same with the learning rate as its return, so that the best setting is known."""
+
+    Config, HParams = Config, HParams
+
+    @staticmethod
+    def make(env, config):
+        algo = make(env, config)
+
+        def step(state, hparams):
+            state, metrics = algo.step(state, hparams)
+            return state, {**metrics, "episode_return": hparams.learning_rate * (metrics["num_episodes"] > 0)}
+
+        return algo._replace(step=step)

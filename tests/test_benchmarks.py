@@ -18,8 +18,10 @@ sys.path.insert(0, str(FOLDER))
 import against_peers  # noqa: E402
 import decoding  # noqa: E402
 import env_stepping  # noqa: E402
+import fake_algorithm  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
+import search  # noqa: E402
 import tabular  # noqa: E402
 import throughput  # noqa: E402
 from peers import ours, protocol, purejaxrl  # noqa: E402
@@ -152,6 +154,25 @@ def test_decoding_compares_equal_work_in_turn():
     assert max(means) - min(means) < 0.05
     assert -6.5 < means[0] < -6  # a new model is nearly uniform over 512 tokens
     json.dumps(record, allow_nan=False)
+
+
+def test_a_search_is_judged_by_the_grid(tmp_path):
+    arguments = search.parse(["--rates", "9", "--grid-seeds", "2", "--seeds", "1", "--searches", "2"])
+    arguments.algo, arguments.env = fake_algorithm.Ranked, fake_algorithm.environment()
+    arguments.env_steps, arguments.eval_episodes = 8 * 60, 0
+    record = search.compare(arguments)
+    rates = record["learning_rates"]
+    assert (rates[0], rates[-1]) == (search.LOW, search.HIGH)
+    assert [interval[0] for interval in record["grid"]] == pytest.approx(rates)  # returns are learning rates
+    for found in record["searches"]:
+        assert (found["learning_rate"], found["rank_in_grid"], found["found"]) == (search.HIGH, 1, True)
+        assert found["env_steps"] == [8 * 7] * 6 + [8 * 20] * 2 + [8 * 60]  # rungs at 1/9 and 1/3
+        assert found["share_of_steps"] == pytest.approx((6 * 7 + 2 * 20 + 60) / (9 * 60))
+    assert record["found"] == 2
+    json.dumps(record, allow_nan=False)
+    work = {"algo": "ranked", "env": "fake", "env_steps": 8 * 60}
+    search.draw({"work": work, **record}, tmp_path / "search.png")
+    assert (tmp_path / "search.png").stat().st_size > 10_000
 
 
 def run_script(*arguments, tmp_path):

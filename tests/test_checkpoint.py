@@ -166,6 +166,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_others_are_named(tmp_path, dama
     assert_same(checkpoint.restore(tmp_path, state, step=1), state)
 
 
+def test_a_path_that_is_a_pattern_is_refused(tmp_path):
+    """Orbax looks for what it has written with a pattern: in `run[1]` it finds nothing, and says that all is well."""
+    with pytest.raises(ValueError, match=r"run\[1\] has \[ in it, with which checkpoints cannot be written"):
+        checkpoint.save(tmp_path / "run[1]", make_state(), 0)
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no checkpoint\. .* pass the folder"):
         checkpoint.restore(tmp_path / "nowhere", {})

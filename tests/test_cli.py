@@ -200,7 +200,31 @@ def test_compare_warns_of_returns_that_are_not_of_one_kind(tmp_path, capsys):
     assert cli.main(["compare", *map(str, runs), str(sweep)]) == 0
     error = capsys.readouterr().err
     assert f"warning: {sweep} has no final evaluation: its training return is compared" in error
-    assert "warning: the runs are of different environments (CartPole-v1, Acrobot-v1)" in error
+    assert "warning: the folders are of different environments (CartPole-v1, Acrobot-v1)" in error
+    record = {"format": records.SWEEP_FORMAT, "environment": {"name": "Pendulum-v1"}}
+    records.write_json(sweep / records.SWEEP, record)
+    outer = make_sweep(tmp_path / "outer")
+    records.write_json(outer / records.GROUPS, {"format": records.GROUPS_FORMAT})
+    (outer / "num_envs=1").mkdir()
+    records.write_json(outer / "num_envs=1" / records.SWEEP, record)
+    assert cli.main(["compare", str(outer), str(sweep)]) == 0
+    assert "different environments" not in capsys.readouterr().err
+    assert cli.main(["compare", str(outer), str(runs[0])]) == 0
+    assert "of different environments (Pendulum-v1, CartPole-v1)" in capsys.readouterr().err
+
+
+def test_no_setting_of_an_algorithm_hides_a_flag_of_the_commands():
+    """Their flags are side by side: `jrl sweep grpo` would have two of one name."""
+    import dataclasses
+
+    from jrl import configuration, flags
+    from jrl.sweep import command
+
+    for name in configuration.ALGORITHMS:
+        module = configuration.load(name)
+        own = {field.name for cls in (module.Config, module.HParams) for field in dataclasses.fields(cls)}
+        for options in (flags.Options, command.Options):
+            assert not {field.name for field in dataclasses.fields(options)} & own - {"env"}, name
 
 
 def test_compare_names_folders_that_it_cannot_use(tmp_path, capsys):

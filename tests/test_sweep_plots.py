@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import sys
 
@@ -11,6 +12,7 @@ from sweep_tables import make_table
 
 from jrl import statistics, sweep_plots
 from jrl.plots import COLOURS
+from jrl.tables import Table
 
 LOG64 = [float(value) for value in np.logspace(-5, -1, 64)]
 
@@ -381,6 +383,32 @@ def test_random_values_get_no_heat_map_and_members_without_returns_no_sensitivit
     assert names == {"learning_curves", "sensitivity_a", "sensitivity_b", "performance_profile"}
     frozen = make_table({"a": [1.0, 2.0]}, seeds=1, points=4, frozen=[0, 1])
     assert [file.stem for file in sweep_plots.figures(frozen, tmp_path / "frozen")] == ["learning_curves"]
+
+
+def test_schedules_show_how_a_population_changed_its_values(tmp_path):
+    table = make_table({"a": [0.1, 0.2]}, seeds=1, points=3)
+    with pytest.raises(ValueError, match="schedules: the table has no lineage"):
+        sweep_plots.schedules(table, "a")
+    paths = [[[0, 1, {"a": 0.2}], [50_000, 0, {"a": 0.1}]], [[0, 1, {"a": 0.2}]]]
+    table = dataclasses.replace(table, columns=table.columns | {"lineage": list(map(json.dumps, paths))})
+    axes = sweep_plots.schedules(table, "a").axes[0]
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    end = 75_000
+    assert drawn == [[[0, 0.2], [50_000, 0.1], [end, 0.1]], [[0, 0.2], [end, 0.2]]]
+    best = int(np.argmax(table.final_returns))
+    assert [line.get_color() == "black" for line in axes.lines] == [i == best for i in range(2)]
+    assert "schedules_a.png" in {file.name for file in sweep_plots.figures(table, tmp_path)}
+
+
+def test_texts_are_swept_values_too(tmp_path):
+    table = make_table({"torso": ["cnn", "mlp"], "a": [1.0, 2.0]}, seeds=2, points=3)
+    axes = sweep_plots.sensitivity(table, "torso").axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["cnn", "mlp"]
+    table.to_csv(tmp_path / "table.csv")
+    assert Table.from_csv(tmp_path / "table.csv").columns == table.columns
+    assert len(sweep_plots.figures(table, tmp_path)) == 5
+    many = make_table({"hidden_sizes": [f"[{width}]" for width in range(9)]}, seeds=1, points=3)
+    assert "6 others" in sweep_plots.learning_curves(many).axes[0].get_legend_handles_labels()[1]
 
 
 @pytest.mark.parametrize(

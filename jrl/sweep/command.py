@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +33,19 @@ class Options:
     """Stop the worst settings early: successive halving."""
     eta: float = 3.0
     """With halving: the factor by which settings get fewer at each rung."""
+    rungs: int = 0
+    """With halving: rungs, the end of the run among them; 0 for as many as leave one setting. With fewer the first
+    decision is later, and several settings are trained to the end."""
+    pbt: bool = False
+    """Replace the worst members by changed copies of the best ones: population-based training."""
+    pbt_interval: int = 0
+    """With pbt: environment steps of a member between two rounds; 0 for a twentieth of env_steps."""
+    explore: tuple[str, ...] = ()
+    """With pbt: NAME=LOW:HIGH, a hyperparameter that changes and its bounds; repeatable. By default those of
+    --space, where uniform or loguniform."""
     static_grid: tuple[str, ...] = ()
-    """NAME=JSON,JSON,..., values of a field of Config: one compilation and one sub-folder each; repeatable."""
+    """NAME=JSON,JSON,..., values of a field of Config: one compilation and one sub-folder each, and one table of all;
+    repeatable."""
     out: Path | None = None
     """Folder, new or empty. Default: runs/ENV-ALGORITHM-sweep, numbered if taken."""
     env_param: tuple[str, ...] = ()
@@ -47,7 +57,7 @@ class Options:
     devices: int = 0
     """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU.
     With distributed: of this process, by default one on a CPU."""
-    width: str = "auto"
+    side_by_side: str = "auto"
     """Members side by side on a device: a number, all, or auto (1 on a CPU, all on an accelerator)."""
     chunk: int | None = None
     """Members in memory at once; by default as many as fit."""
@@ -73,52 +83,76 @@ class Options:
 def sweep(algorithm: str, args: Sequence[str], free_folder: Any) -> int:
     """``jrl sweep ALGORITHM --env ID ...``."""
     options, settings = _parse("sweep", algorithm, args)
-    from jrl.sweep import processes, runner
-
-    out = options.out or free_folder(f"{options.env}-{algorithm}-sweep")
+    settings |= {"out": options.out or free_folder(f"{options.env}-{algorithm}-sweep")}
     settings |= {"overwrite": options.overwrite, "resume": options.resume}
-    interrupted = False
-    found = []
-    for fields in _static_combinations(algorithm, options.static_grid):
-        where = out / "-".join(f"{name}={value}" for name, value in fields.items()) if fields else out
-        finished = runner.execute(
-            algorithm, out=where, **{**settings, "config": {**settings["config"], **fields}}
-        )
-        interrupted |= finished.interrupted
-        found.append((fields, finished))
-        if interrupted:
-            break
-    if not processes.is_first():
-        return 130 if interrupted else 0
-    for fields, finished in found:
-        _report(fields, finished)
-    if interrupted:
-        again = out if len(found) == 1 else f"(one by one, below) {out}"
-        print(f"interrupted  continue with: jrl resume {again}")
-    return 130 if interrupted else 0
+    if options.static_grid:
+        return _sweep_groups(algorithm, options, settings, args)
+    from jrl.sweep import runner
+
+    return _end(runner.execute(algorithm, **settings), settings["out"])
 
 
 def resume(path: Path, progress: str) -> int:
-    """``jrl resume`` of a sweep's folder."""
+    """``jrl resume`` of a sweep's folder, or of one with a sweep for each of several static choices."""
+    from jrl import records
     from jrl.sweep import runner
 
-    finished = runner.resume(path, progress=None if progress == "auto" else progress)
-    _report({}, finished)
-    if finished.interrupted:
-        print(f"interrupted  continue with: jrl resume {path}")
-    return 130 if finished.interrupted else 0
+    shown = None if progress == "auto" else progress
+    if not (path / records.GROUPS).exists():
+        return _end(runner.resume(path, progress=shown), path)
+    command = records.read_groups(path)["command"]
+    if not command:
+        raise RunError(
+            f"the sweeps in {path} were begun from Python: go on with the same call of jrl.sweep.run and resume=True."
+        )
+    options, settings = _parse("sweep", command[0], command[1:])
+    settings |= {"out": path, "resume": True, "progress": shown}
+    return _sweep_groups(command[0], options, settings, command[1:])
 
 
 def plan(algorithm: str, args: Sequence[str]) -> int:
     """``jrl plan ALGORITHM --env ID ...``."""
     options, settings = _parse("plan", algorithm, args)
-    from jrl.sweep import runner
+    from jrl.sweep import groups, runner
 
-    for fields in _static_combinations(algorithm, options.static_grid):
+    for fields in groups.combinations(algorithm, _static_grid(options)):
         if fields:
-            print(", ".join(f"{name}={value}" for name, value in fields.items()))
+            print(_named(fields))
         print(runner.plan(algorithm, **{**settings, "config": {**settings["config"], **fields}}))
     return 0
+
+
+def _sweep_groups(algorithm: str, options: Options, settings: dict[str, Any], args: Sequence[str]) -> int:
+    from jrl import sweep_report
+    from jrl.sweep import groups, processes
+
+    found, table = groups.execute(
+        algorithm, static_grid=_static_grid(options), command=[algorithm, *args], **settings
+    )
+    interrupted = found[-1].finished.interrupted
+    if processes.is_first():
+        for fields, finished in found:
+            print(_named(fields))
+            _report(finished)
+        if interrupted:
+            print(f"interrupted  continue with: jrl resume {settings['out']}")
+        else:
+            sweep_report.show(sweep_report.render(table))
+            print(f"all sweeps   {settings['out']}")
+    return 130 if interrupted else 0
+
+
+def _end(finished: Any, out: Path) -> int:
+    from jrl import sweep_report
+    from jrl.sweep import processes
+
+    if processes.is_first():
+        if not finished.interrupted:
+            sweep_report.show(sweep_report.render(finished.table))
+        _report(finished)
+        if finished.interrupted:
+            print(f"interrupted  continue with: jrl resume {out}")
+    return 130 if finished.interrupted else 0
 
 
 def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
@@ -143,13 +177,13 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
 
     import jax
 
-    from jrl.sweep import search, spaces
+    from jrl.sweep import spaces
 
     devices = jax.devices()
     if options.devices > len(devices) and not options.distributed:
         raise RunError(f"--devices {options.devices}: there are {len(devices)}.")
-    if not options.width.isdecimal() and options.width not in ("auto", "all"):
-        raise RunError(f"--width {options.width}: expected a number, all or auto.")
+    if not options.side_by_side.isdecimal() and options.side_by_side not in ("auto", "all"):
+        raise RunError(f"--side-by-side {options.side_by_side}: expected a number, all or auto.")
     grid = {
         name: [_number(part, f"--grid {name}={text}") for part in text.split(",")]
         for name, text in flags.pairs(options.grid, "--grid").items()
@@ -166,54 +200,76 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "random": random,
         "num_random": options.random,
         "search_seed": options.search_seed,
-        "halving": search.Halving(options.eta) if options.halving else None,
+        "halving": _halving(options),
+        "pbt": _pbt(options, random),
         "eval_episodes": options.eval_episodes,
         # of several processes each brings its own
         "devices": devices if options.distributed else devices[: options.devices or None],
-        "width": int(options.width) if options.width.isdecimal() else options.width,
+        "width": int(options.side_by_side) if options.side_by_side.isdecimal() else options.side_by_side,
         "chunk": options.chunk,
         "checkpoint_seconds": options.checkpoint_seconds,
         "progress": None if options.progress == "auto" else options.progress,
     }
 
 
-def _number(text: str, flag: str) -> float:
+def _halving(options: Options) -> Any:
+    """Return what the flags say of successive halving; None where they do not ask for it."""
+    from jrl.sweep import search
+
+    if not options.halving:
+        if options.eta != Options.eta or options.rungs:
+            raise RunError("--eta and --rungs are of successive halving; add --halving.")
+        return None
+    return search.Halving(options.eta, options.rungs or None)
+
+
+def _pbt(options: Options, random: dict[str, Any]) -> Any:
+    """Return what the flags say of population-based training; None where they do not ask for it."""
+    from jrl.sweep import search
+
+    explore = {}
+    for name, text in flags.pairs(options.explore, "--explore").items():
+        low, _, high = text.partition(":")
+        where = f"--explore {name}={text}"
+        explore[name] = (_number(low, where, "LOW:HIGH"), _number(high, where, "LOW:HIGH"))
+    if not options.pbt:
+        if explore or options.pbt_interval:
+            raise RunError("--explore and --pbt-interval are of population-based training; add --pbt.")
+        return None
+    bounds = {name: (space.low, space.high) for name, space in random.items() if hasattr(space, "low")}
+    if not (explore or bounds):
+        raise RunError(
+            "--pbt: no hyperparameter to change; give --explore NAME=LOW:HIGH, or draw with --random and --space."
+        )
+    return search.PBT(
+        explore or bounds,
+        interval=options.pbt_interval or max(1, options.env_steps // 20),
+        seed=options.search_seed,
+    )
+
+
+def _number(text: str, flag: str, form: str = "NUMBER,NUMBER,...") -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise RunError(f"{flag}: {text!r} is not a number; give NAME=NUMBER,NUMBER,...") from error
+        raise RunError(f"{flag}: {text!r} is not a number; give NAME={form}") from error
 
 
-def _static_combinations(algorithm: str, items: Sequence[str]) -> list[dict[str, Any]]:
-    from jrl import configuration
-
-    fields = [field.name for field in dataclasses.fields(configuration.load(algorithm).Config)]
-    values = {}
-    for name, text in flags.pairs(items, "--static-grid").items():
-        if name not in fields:
-            raise RunError(
-                f"--static-grid {name}: Config has no such field. {configuration.nearest(name, fields)}Its fields "
-                f"are: {', '.join(fields)}."
-            )
-        values[name] = [_hashable(flags.json_value(part)) for part in flags.split_values(text)]
-    return [
-        dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())
-    ]
+def _static_grid(options: Options) -> dict[str, list[Any]]:
+    items = flags.pairs(options.static_grid, "--static-grid")
+    return {
+        name: [flags.json_value(part) for part in flags.split_values(text)] for name, text in items.items()
+    }
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+def _named(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def _report(fields: dict[str, Any], finished: Any) -> None:
-    from jrl import sweep_report
+def _report(finished: Any) -> None:
     from jrl.doctor import readable_size
     from jrl.progress import readable_duration
 
-    if fields:
-        print(", ".join(f"{name}={value}" for name, value in fields.items()))
-    if not finished.interrupted:
-        sweep_report.show(sweep_report.render(finished.table))
     summary = finished.summary
     print(
         f"training     {summary['env_steps']:,} env steps in {readable_duration(summary['train_seconds'])} "

@@ -23,8 +23,8 @@ from jrl.types import Array, Key, PyTree
 
 H = TypeVar("H")
 
-INIT, EVALUATION = 0, 1
-"""What a key drawn from a seed is for; :func:`jrl.run` uses the same two numbers."""
+INIT, EVALUATION, SEARCH = 0, 1, 2
+"""What a key drawn from a seed is for; :func:`jrl.run` uses the same first two numbers."""
 
 
 def seeds(n: int, start: int = 0) -> Key:

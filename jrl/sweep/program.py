@@ -66,7 +66,8 @@ def init(algo: Algorithm, on: Mesh, width: int | None) -> Callable[[Array, PyTre
     def member(seed: Array, hparams: PyTree) -> Any:
         return algo.init(members.key_of(seed, members.INIT), hparams)
 
-    return jax.jit(sharded(batching.over_members(member, width), on))
+    # said, or jax would replicate leaves without elements
+    return jax.jit(sharded(batching.over_members(member, width), on), out_shardings=sharding(on))
 
 
 def chunk(algo: Algorithm, on: Mesh, width: int | None, length: int) -> Callable[..., Any]:
@@ -90,7 +91,8 @@ def chunk(algo: Algorithm, on: Mesh, width: int | None, length: int) -> Callable
 
         return batching.update_members(member, width)((states, failed_at), hparams, num_groups=num_groups)
 
-    return jax.jit(sharded(advance, on, num_replicated=3), donate_argnums=(0, 1))
+    train = sharded(advance, on, num_replicated=3)
+    return jax.jit(train, donate_argnums=(0, 1), out_shardings=sharding(on))
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import time
@@ -36,7 +37,8 @@ from jrl.ops import counter
 from jrl.records import CorruptCheckpointError, RunError, RunWarning
 from jrl.sweep import members, planning, processes, program
 from jrl.sweep.planning import Layout, Plan
-from jrl.sweep.search import Halving
+from jrl.sweep.results import Results, exact
+from jrl.sweep.search import PBT, Halving, exploit_and_explore
 from jrl.sweep.search import best as search_best
 from jrl.sweep.spaces import Space
 from jrl.types import PyTree
@@ -60,40 +62,6 @@ class Members(NamedTuple):
     swept: tuple[str, ...]
 
 
-@dataclasses.dataclass
-class Results:
-    """What is known of all ``M`` members so far; saved with every checkpoint.
-
-    Attributes:
-        history: ``[T, M]``, mean return of the episodes that ended in each chunk of training, NaN where none did.
-        failed_at: int32 ``[M]``, algorithm steps after which a member failed, or ``program.RUNNING``.
-        stopped_at: int32 ``[M]``, algorithm steps after which a search stopped it, or -1.
-        evaluation: float32 ``[M]`` by column, NaN before a member's end.
-        reasons: what was not finite in the members that failed, by member.
-    """
-
-    history: np.ndarray
-    failed_at: np.ndarray
-    stopped_at: np.ndarray
-    evaluation: dict[str, np.ndarray]
-    reasons: dict[int, str]
-
-    @classmethod
-    def empty(cls, num_rows: int, num: int) -> Results:
-        """Return that nothing is known yet."""
-        return cls(
-            np.full((num_rows, num), np.nan, np.float32),
-            np.full(num, program.RUNNING, np.int32),
-            np.full(num, -1, np.int32),
-            {name: np.full(num, np.nan, np.float32) for name in program.Evaluation._fields},
-            {},
-        )
-
-    def arrays(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it; ``reasons`` goes into its metadata."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:4]}
-
-
 @dataclasses.dataclass(frozen=True)
 class Finished:
     """What a sweep leaves: its table, its summary, and whether Ctrl-C ended it early."""
@@ -106,7 +74,13 @@ class Finished:
     states: Any
 
 
-def run(algorithm: Any, hparams: Any = None, **settings: Any) -> tables.Table:
+def run(
+    algorithm: Any,
+    hparams: Any = None,
+    *,
+    static_grid: Mapping[str, Sequence[Any]] | None = None,
+    **settings: Any,
+) -> tables.Table:
     """Train and evaluate every member of a sweep; return a tidy table, one row a member.
 
     ::
@@ -118,10 +92,22 @@ def run(algorithm: Any, hparams: Any = None, **settings: Any) -> tables.Table:
 
     Takes what :func:`execute` takes, which also returns the plan, the summary and the last states.
 
+    Args:
+        static_grid: field of ``Config`` -> values; every combination is a sweep of its own, with a compilation and a
+            sub-folder of its own, and all are one table (:mod:`jrl.sweep.groups`).
+        algorithm, hparams, **settings: as in :func:`execute`.
+
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the chunk in progress is saved.
         RunError, ValueError, TypeError: as :func:`execute`.
     """
+    if static_grid:
+        from jrl.sweep import groups  # imports this module
+
+        found, table = groups.execute(algorithm, hparams, static_grid=static_grid, **settings)
+        if found[-1].finished.interrupted:
+            raise KeyboardInterrupt(_how_to_resume(settings.get("out")))
+        return table
     finished = execute(algorithm, hparams, **settings)
     if finished.interrupted:
         raise KeyboardInterrupt(_how_to_resume(finished.out))
@@ -142,6 +128,7 @@ def execute(
     num_random: int = 0,
     search_seed: int = 0,
     halving: Halving | None = None,
+    pbt: PBT | None = None,
     out: str | os.PathLike | None = None,
     eval_episodes: int = 100,
     devices: Sequence[jax.Device] | None = None,
@@ -174,6 +161,8 @@ def execute(
         num_random: how many.
         search_seed: of the draws.
         halving: stop the worst settings early, see :class:`jrl.sweep.Halving`.
+        pbt: replace the worst members by changed copies of the best ones, see :class:`jrl.sweep.PBT`. The table's
+            swept columns are then the values at the end, and its column ``lineage`` says how they came about.
         out: folder, new or empty; None writes no files.
         eval_episodes: of each member's final evaluation; 0 leaves it out.
         devices: over which members are sharded; None for all.
@@ -195,6 +184,8 @@ def execute(
         algorithm, hparams, env, config, env_kwargs, seeds, grid, random, num_random, search_seed
     )
     _check(env_steps=env_steps, eval_episodes=eval_episodes)
+    if pbt is not None:
+        who = _population(who, setup, pbt, halving)
     record = {
         "format": records.SWEEP_FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -205,6 +196,7 @@ def execute(
         "env_steps": env_steps,
         "eval_episodes": eval_episodes,
         "halving": None if halving is None else dataclasses.asdict(halving),
+        "pbt": None if pbt is None else records.plain(dataclasses.asdict(pbt)),
         "width": width,
         "chunk": chunk,
         "checkpoint_seconds": checkpoint_seconds,
@@ -229,7 +221,7 @@ def execute(
                 records.write_json(folder / records.SWEEP, record)
             processes.barrier("folder ready")
         try:
-            return _Sweep(setup, who, record, folder, devices, progress, figures).run(halving)
+            return _Sweep(setup, who, record, folder, devices, progress, figures).run(pbt or halving)
         except BaseException:
             # Nothing learned yet, nothing to resume: the folder is free again for the corrected command.
             first = folder is not None and processes.is_first()
@@ -261,9 +253,11 @@ def resume(
     record = records.read_sweep(folder)
     setup = configuration.from_json(record, algorithm=algorithm, env=env)
     who = _members_of(record, setup)
-    halving = None if record["halving"] is None else Halving(**record["halving"])
+    search: Halving | PBT | None = None if record["halving"] is None else Halving(**record["halving"])
+    if record.get("pbt") is not None:
+        search = PBT(**record["pbt"])
     with records.locked(folder) if processes.is_first() else contextlib.nullcontext():
-        return _Sweep(setup, who, record, folder, devices, progress, figures).run(halving)
+        return _Sweep(setup, who, record, folder, devices, progress, figures).run(search)
 
 
 def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: Any = None) -> RunResult:
@@ -291,12 +285,13 @@ def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: An
         if member not in held["order"]:
             continue
         state = jax.eval_shape(setup.algo.init, jax.random.key(0), setup.hparams)
-        results = Results.empty(held["rows"], len(who.seeds))
+        results = Results.empty(held["rows"], len(who.seeds), _moving(who, record))
         like = {"states": _stacked(state, held["slots"]), "results": results.arrays()}
-        states = checkpoint.restore(checkpoints, like, number)["states"]
+        content = checkpoint.restore(checkpoints, like, number)
+        who = _moved(who, content["results"]["population"])
         index = held["homes"][held["order"].index(member)]
         return RunResult(
-            state=program.gather(states, index),
+            state=program.gather(content["states"], index),
             summary=records.read_summary(folder) or {},
             out=folder,
             interrupted=member not in held["ended"],
@@ -429,7 +424,35 @@ def _fill_env(hparams: Any, setup: Setup, n: int) -> Any:
 def _columns(who: Members) -> dict[str, np.ndarray]:
     """Return every leaf that differs between members, and the swept ones."""
     leaves = {name: np.asarray(leaf) for name, leaf in members.names(who.hparams).items()}
-    return {name: leaf for name, leaf in leaves.items() if name in who.swept or (leaf != leaf[:1]).any()}
+    differ = [name for name, leaf in leaves.items() if (leaf != leaf[:1]).any()]
+    return {name: leaves[name] for name in dict.fromkeys((*who.swept, *differ))}
+
+
+def _population(who: Members, setup: Setup, pbt: PBT, halving: Halving | None) -> Members:
+    """Return the members of a population: each a setting of its own, the hyperparameters that change swept."""
+    if halving is not None:
+        raise RunError("halving and pbt: a sweep has one search; leave out one of them.")
+    if len(who.seeds) < 2:
+        raise RunError("pbt: a population has at least two members; give more seeds or settings.")
+    for name in pbt.explore:
+        members.check_name(name, members.names(setup.hparams), setup.hparams)
+    swept = tuple(dict.fromkeys((*_columns(who), *pbt.explore)))
+    return who._replace(settings=np.arange(len(who.seeds)), swept=swept)
+
+
+def _moving(who: Members, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the hyperparameters that a population changes or hands on, ``[M]`` at the start."""
+    return _columns(who) if record.get("pbt") else {}
+
+
+def _moved(who: Members, population: Mapping[str, Any]) -> Members:
+    """Return the members with the hyperparameters that a population has now."""
+    rows = population.get("hparams", {})
+    leaves = [
+        np.array(rows[name][-1]) if name in rows else leaf
+        for name, leaf in members.names(who.hparams).items()
+    ]
+    return who._replace(hparams=jax.tree.unflatten(jax.tree.structure(who.hparams), leaves))
 
 
 def _members_of(record: Mapping[str, Any], setup: Setup) -> Members:
@@ -457,8 +480,18 @@ def _members_of(record: Mapping[str, Any], setup: Setup) -> Members:
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse to continue one sweep with the settings of another."""
-    for name in ("algorithm", "environment", "config", "hparams", "seeds", "swept", "env_steps", "halving"):
-        was, is_now = records.plain(old[name]), records.plain(new[name])
+    for name in (
+        "algorithm",
+        "environment",
+        "config",
+        "hparams",
+        "seeds",
+        "swept",
+        "env_steps",
+        "halving",
+        "pbt",
+    ):
+        was, is_now = records.plain(old.get(name)), records.plain(new[name])
         if was == is_now:
             continue
         if isinstance(was, dict) and isinstance(is_now, dict):
@@ -482,7 +515,7 @@ def _check(**values: int) -> None:
             raise RunError(f"{name}={value!r}: must be a whole number of at least {lowest}.")
 
 
-def _how_to_resume(out: Path | None) -> str:
+def _how_to_resume(out: str | os.PathLike | None) -> str:
     return "the sweep wrote no files" if out is None else f"continue the sweep with: jrl resume {out}"
 
 
@@ -531,11 +564,17 @@ class _Sweep:
             devices=self.devices,
             chunk=self.record["chunk"],
         )
-        self.init = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
+        self.init: Callable[..., Any] | None = None  # compiled where members start
+        self.resident: list[int] = [doctor.resident_memory() or 0]
 
     def start(self, who: np.ndarray) -> Any:
         """Initialise the members ``who``, and learn how many steps their warm-up took."""
-        states = self.init(*self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who))
+        arguments = self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who)
+        if self.init is None:  # by itself, so that the memory of compiling is none of the training's
+            init: Any = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
+            self.init = init.lower(*arguments).compile()
+            self.resident = [doctor.resident_memory() or 0]
+        states = self.init(*arguments)
         self.warmup = 0
         if hasattr(states, "env_steps"):
             self.warmup = counter.to_int(states.env_steps.addressable_shards[0].data[0])
@@ -584,7 +623,7 @@ class _Sweep:
         on_a_device = -(-num_active // self.layout.mesh.size)
         return -(-on_a_device // width)
 
-    def run(self, halving: Halving | None) -> Finished:
+    def run(self, search: Halving | PBT | None) -> Finished:
         """Train all chunks of members, from the newest checkpoint on if there is one; evaluate; write it all."""
         began = time.perf_counter()
         with ExitStack() as stack:
@@ -592,14 +631,14 @@ class _Sweep:
             name = f"{self.setup.algorithm} on {self.setup.env.name}"
             self.show.message(f"sweep of {self.num} members, {name}: compiling for {doctor.device()} ...")
             self.compile()
-            if halving is not None and self.plan_.num_chunks > 1:
+            if search is not None and self.plan_.num_chunks > 1:
                 raise RunError(
-                    f"halving: {self.num} members do not fit into memory at once, only {self.plan_.chunk}, and their "
-                    "returns are compared with one another. Sweep fewer, or set chunk (--chunk) yourself."
+                    f"{type(search).__name__.lower()}: {self.num} members do not fit into memory at once, only "
+                    f"{self.plan_.chunk}, and their returns are compared with one another. Sweep "
+                    "fewer, or set chunk (--chunk) yourself."
                 )
             self.show.message(str(self.plan_))
-            self.resident: list[int] = [doctor.resident_memory() or 0]
-            states = self.train(halving, stop, stack)
+            states = self.train(search, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
         best = None if not complete else self.best_setting()
@@ -635,14 +674,14 @@ class _Sweep:
 
     # ----------------------------------------------------------------------------------------- training
 
-    def train(self, halving: Halving | None, stop: StopRequest, stack: ExitStack) -> Any:
+    def train(self, search: Halving | PBT | None, stop: StopRequest, stack: ExitStack) -> Any:
         """Train and evaluate each chunk of members in turn; return the states of the last one, in their slots."""
         self.seconds, self.env_steps_done, self.saved_at = 0.0, 0, time.perf_counter()
         held = self.plan_.chunk
         begin = self.restore()
         if begin is None:
             states = self.start(np.arange(min(held, self.num)))
-            self.results = Results.empty(-(-self.total // self.record["chunk_length"]), self.num)
+            self.results = self.no_results()
             self.ended = np.zeros(self.num, bool)
             begin = _Position(0, 0, np.arange(min(held, self.num)), states)
         sink = None
@@ -658,20 +697,23 @@ class _Sweep:
             if chunk > begin.chunk:
                 order = np.arange(chunk * held, min((chunk + 1) * held, self.num))
                 begin = _Position(chunk, 0, order, self.start(order))
-            states = self.train_one_chunk(begin, halving, stop, sink)
+            states = self.train_one_chunk(begin, search, stop, sink)
             if stop.requested:
                 break
         stop.announce()
         return states
 
     def train_one_chunk(
-        self, begin: _Position, halving: Halving | None, stop: StopRequest, sink: loggers.Logger | None
+        self,
+        begin: _Position,
+        search: Halving | PBT | None,
+        stop: StopRequest,
+        sink: loggers.Logger | None,
     ) -> Any:
         """Train and evaluate the members that are held in memory together."""
         chunk, step, order, states = begin
         length = self.record["chunk_length"]
-        rungs = [] if halving is None else halving.rungs(len(set(self.who.settings)), self.total)
-        rungs = [(min(-(-at // length) * length, self.total), kept) for at, kept in rungs]
+        rungs = self.rungs(search)
         active = self.num_active(order)
         failed_at, hparams = self.placed(order)
         pending: list[tuple[int, int, np.ndarray, program.Report]] = []
@@ -699,14 +741,17 @@ class _Sweep:
             )
             pending.append((step, num_steps, order[:active], report))
             step += num_steps
-            at_rung = [kept for at, kept in rungs if at == step < self.total]
+            at_rung = step in rungs
             if not processes.alone():
                 wait(report, stop)
             stopping, due = processes.any_of(stop.requested, self.due())
             while len(pending) > (0 if at_rung or due or stopping or step >= self.total else 1):
                 fetch()
             if at_rung:
-                order, states = self.stop_the_worst(order, states, step, at_rung[-1])
+                if isinstance(search, PBT):
+                    states = self.replace_the_worst(search, states, step)
+                else:
+                    order, states = self.stop_the_worst(order, states, step, rungs[step])
                 active = self.num_active(order)
                 failed_at, hparams = self.placed(order)
             if (due or stopping) and step < self.total:
@@ -721,6 +766,11 @@ class _Sweep:
             self.ended[order] = True
             self.save(chunk, step, order, states)
         return states
+
+    def no_results(self) -> Results:
+        """Return that nothing is known of any member."""
+        num_rows = -(-self.total // self.record["chunk_length"])
+        return Results.empty(num_rows, self.num, _moving(self.who, self.record))
 
     def num_active(self, order: np.ndarray) -> int:
         """Return how many members, the first ones of ``order``, no search has stopped."""
@@ -773,6 +823,15 @@ class _Sweep:
             + (f", {failed} frozen" if failed else ""),
         }
 
+    def rungs(self, search: Halving | PBT | None) -> dict[int, int]:
+        """Return after which algorithm steps a search decides, ends of chunks of training; of halving who goes on."""
+        length = self.record["chunk_length"]
+        if isinstance(search, PBT):
+            return dict.fromkeys(search.rounds(length, self.total, self.setup.algo.env_steps_per_step), 0)
+        rungs = [] if search is None else search.rungs(len(set(self.who.settings)), self.total)
+        rounded = {-(-at // length) * length: kept for at, kept in rungs}
+        return {at: kept for at, kept in rounded.items() if at < self.total}
+
     def stop_the_worst(self, order: np.ndarray, states: Any, step: int, kept: int) -> tuple[np.ndarray, Any]:
         """Keep the best ``kept`` settings; return the new order, survivors first, and the states in it."""
         rows = step // self.record["chunk_length"]
@@ -796,6 +855,35 @@ class _Sweep:
             "settings go on"
         )
         return order[permutation], states
+
+    def replace_the_worst(self, pbt: PBT, states: Any, step: int) -> Any:
+        """Go on with changed copies of the best members in the place of the worst; return the states."""
+        row, per_step = step // self.record["chunk_length"], self.setup.algo.env_steps_per_step
+        rows = min(self.rungs(pbt)) // self.record["chunk_length"]
+        score = _mean_of_rows(self.results.history[row - (rows - rows // 2) : row])
+        score[self.results.failed_at >= 0] = np.nan
+        home, impl = self.layout.homes(self.num), jax.random.key_impl(states.key)
+        streams = processes.fetch(jax.random.key_data(states.key))[home]
+        draw = jax.jit(
+            functools.partial(exploit_and_explore, explore=pbt.explore, share=pbt.share, factor=pbt.factor)
+        )
+        # The states themselves are too large to pass through it: their streams stand for them.
+        new, hparams, origin = draw(
+            jax.random.fold_in(members.key_of(jnp.uint32(pbt.seed), members.SEARCH), step),
+            _Streams(jax.random.wrap_key_data(streams, impl=impl)),
+            self.who.hparams,
+            score.astype(np.float32),
+        )
+        source = np.asarray(origin)
+        self.who = self.who._replace(hparams=jax.tree.map(np.asarray, hparams))
+        self.results.inherit(row, source, members.names(self.who.hparams))
+        self.latest = {name: values[source] for name, values in self.latest.items()}
+        states = _gather(self.layout)(states, home[source][self.layout.sources(self.num)])
+        replaced = int((source != np.arange(self.num)).sum())
+        self.show.message(
+            f"round at {step * per_step:,} env steps: {replaced} of {self.num} members replaced"
+        )
+        return dataclasses.replace(states, key=self.layout.spread(new.key))
 
     def evaluate(self, order: np.ndarray, states: Any, hparams: Any) -> None:
         """Evaluate the members ``order`` greedily."""
@@ -872,7 +960,7 @@ class _Sweep:
                 self.total = -(
                     -(self.record["env_steps"] - self.warmup) // self.setup.algo.env_steps_per_step
                 )
-                results = Results.empty(-(-self.total // self.record["chunk_length"]), self.num)
+                results = self.no_results()
                 like = {
                     "states": _stacked(self.state_shape, held["slots"]),
                     "results": results.arrays(),
@@ -892,6 +980,7 @@ class _Sweep:
             # a copy: what jax gives out cannot be written to
             setattr(results, name, jax.tree.map(np.array, value))
         results.reasons = {int(member): text for member, text in held["reasons"].items()}
+        self.who = _moved(self.who, results.population)
         self.results, self.ended = results, np.isin(np.arange(self.num), held["ended"])
         self.seconds, self.env_steps_done = held["seconds"], held["env_steps"]
         if held["held"] != self.plan_.chunk:
@@ -923,7 +1012,7 @@ class _Sweep:
         columns: dict[str, list[Any]] = {
             "member": list(range(self.num)),
             "seed": self.who.seeds.tolist(),
-            **{name: _exact(leaves[name]) for name in self.who.swept},
+            **{name: exact(leaves[name]) for name in self.who.swept},
             **{
                 name: [
                     float(value) if known else None for value, known in zip(values, evaluated, strict=True)
@@ -942,6 +1031,8 @@ class _Sweep:
             ],
             "frozen_why": [results.reasons.get(member) for member in range(self.num)],
         }
+        if results.population:
+            columns[tables.LINEAGE] = results.lineages(np.concatenate([[0], steps[:-1]]))
         return tables.Table(columns, steps, results.history.T, self.who.swept)
 
     def best_setting(self) -> dict[str, Any] | None:
@@ -954,12 +1045,20 @@ class _Sweep:
         winner = settings[int(search_best(scores, 1)[0])]
         first = int(np.flatnonzero(self.who.settings == winner)[0])
         leaves = members.names(self.who.hparams)
-        values = {name: _exact(leaves[name])[first] for name in self.who.swept}
+        values = {name: exact(leaves[name])[first] for name in self.who.swept}
         return {"hparams": values, "return_iqm": float(np.nanmax(scores))}
 
 
 def _stacked(state: PyTree, n: int) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Streams:
+    """The keys of all members."""
+
+    key: jax.Array
 
 
 class _Position(NamedTuple):
@@ -1005,9 +1104,3 @@ def _score(rows: np.ndarray) -> float:
 
 def _iqm(values: np.ndarray) -> float:
     return math.nan if np.isnan(values).any() else float(statistics.fractional_interquartile_mean(values))
-
-
-def _exact(values: Any) -> list[Any]:
-    """Return numbers whose text is the shortest that reads back as the same float32: 0.001, not 0.00100000004."""
-    array = np.asarray(values)
-    return [float(str(value)) for value in array] if array.dtype == np.float32 else array.tolist()

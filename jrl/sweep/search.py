@@ -51,6 +51,47 @@ class Halving:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class PBT:
+    """Population-based training inside a sweep, a round of :func:`exploit_and_explore` at regular intervals.
+
+    All members are one population, whatever their seeds. A member's score is its mean training return since the
+    middle between the last round and this one. A member that was frozen may be replaced as any other.
+
+    Attributes:
+        explore: name -> (low, high), the hyperparameters that change and their bounds.
+        interval: environment steps of a member between two rounds, rounded up to whole chunks of training.
+        share: of the members, replaced in a round.
+        factor: by which a hyperparameter is multiplied or divided.
+        seed: of the rounds' draws.
+    """
+
+    explore: Mapping[str, tuple[float, float]]
+    interval: int
+    share: float = 0.25
+    factor: float = 1.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {name: (float(low), float(high)) for name, (low, high) in self.explore.items()}
+        object.__setattr__(self, "explore", bounds)  # as plain numbers, which a file holds
+        if not self.explore:
+            raise ValueError("pbt(explore={}): names no hyperparameter; give name -> (low, high).")
+        for name, (low, high) in bounds.items():
+            if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+                raise ValueError(
+                    f"pbt(explore {name}: low={low:g}, high={high:g}): low must be below high, and both finite."
+                )
+        if self.interval < 1:
+            raise ValueError(f"pbt(interval={self.interval}): must be at least one environment step.")
+        _check_round("pbt", self.share, self.factor)
+
+    def rounds(self, chunk: int, num_steps: int, env_steps_per_step: int) -> range:
+        """Return the algorithm steps after which there is a round: multiples of ``chunk`` below ``num_steps``."""
+        interval = -(-self.interval // (chunk * env_steps_per_step)) * chunk
+        return range(interval, num_steps, interval)
+
+
 def best(scores: np.ndarray, num: int) -> np.ndarray:
     """Return the indices of the ``num`` highest scores, best first; NaN is the lowest, equal ones keep their order."""
     return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:num]
@@ -68,10 +109,10 @@ def exploit_and_explore(
 ) -> tuple[PyTree, Any, Array]:
     """One round of population-based training (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846).
 
-    Each of the worst ``share`` of the members is replaced by a copy of one of the best ``share``, drawn uniformly,
-    whose hyperparameters are multiplied or divided by ``factor``, each with probability ½, within their bounds.
-    The states are gathered, the hyperparameters are numbers: nothing compiles anew. The copy keeps a random stream
-    of its own.
+    Each of the worst ``share`` of the members is replaced by a copy of one of the best ``share`` (of those with a
+    score; where none has one, nothing happens), drawn uniformly, whose hyperparameters are multiplied or divided by
+    ``factor``, each with probability ½, within their bounds. The states are gathered, the hyperparameters are
+    numbers: nothing compiles anew. The copy keeps a random stream of its own.
 
     Args:
         key: consumed.
@@ -89,20 +130,19 @@ def exploit_and_explore(
     Raises:
         ValueError: ``share`` or ``factor`` is out of range, or an unknown hyperparameter.
     """
-    if not 0 < share <= 0.5:
-        raise ValueError(f"exploit_and_explore(share={share}): must be above 0 and at most 0.5.")
-    if factor <= 1:
-        raise ValueError(f"exploit_and_explore(factor={factor}): must be above 1.")
+    _check_round("exploit_and_explore", share, factor)
     leaves = members.names(hparams)
     for name in explore:
         members.check_name(name, {name: leaf[0] for name, leaf in leaves.items()}, hparams)
     num = score.shape[0]
     count = max(1, int(num * share)) if num > 1 else 0
     donor_key, direction_key, stream_key = jax.random.split(key, 3)
-    order = jnp.argsort(-jnp.nan_to_num(score, nan=-jnp.inf), stable=True)
-    donors = order[jax.random.randint(donor_key, (num,), 0, max(count, 1))]
+    score = jnp.where(jnp.isfinite(score), score, -jnp.inf)
+    order = jnp.argsort(-score, stable=True)
+    num_donors = jnp.clip(jnp.isfinite(score).sum(), 1, max(count, 1))
+    donors = order[jax.random.randint(donor_key, (num,), 0, num_donors)]
     rank = jnp.zeros((num,), jnp.int32).at[order].set(jnp.arange(num, dtype=jnp.int32))
-    replaced = rank >= num - count
+    replaced = (rank >= num - count) & jnp.isfinite(score[donors])
     source = jnp.where(replaced, donors, jnp.arange(num)).astype(jnp.int32)
 
     states = jax.tree.map(lambda leaf: leaf[source], states)
@@ -118,3 +158,10 @@ def exploit_and_explore(
             leaf = jnp.where(replaced, moved.astype(leaf.dtype), leaf)
         changed.append(leaf)
     return states, jax.tree.unflatten(jax.tree.structure(hparams), changed), source
+
+
+def _check_round(what: str, share: float, factor: float) -> None:
+    if not 0 < share <= 0.5:
+        raise ValueError(f"{what}(share={share}): must be above 0 and at most 0.5.")
+    if not (math.isfinite(factor) and factor > 1):
+        raise ValueError(f"{what}(factor={factor}): must be above 1.")

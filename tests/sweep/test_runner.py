@@ -1,8 +1,10 @@
 """A sweep from Python and from the command: its table, its files, its errors, and going on after a kill."""
 
 import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_algorithm import Ranked
 
 import jrl
 from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
 from jrl.records import RunError
+from jrl.sweep import groups
 
 ENV = fake.environment()
 STEPS = 8 * 60  # 60 algorithm steps, chunks of 1
@@ -159,22 +163,6 @@ def test_parameters_that_are_not_finite_are_seen_too():
 # ------------------------------------------------------------------------------------------------ halving
 
 
-class Ranked:
-    """The fake algorithm with the learning rate as its return, so that the best setting is known."""
-
-    Config, HParams = fake.Config, fake.HParams
-
-    @staticmethod
-    def make(env, config):
-        algo = fake.make(env, config)
-
-        def step(state, hparams):
-            state, metrics = algo.step(state, hparams)
-            return state, {**metrics, "episode_return": hparams.learning_rate * (metrics["num_episodes"] > 0)}
-
-        return algo._replace(step=step)
-
-
 @pytest.mark.parametrize("devices", [1, 4])
 def test_halving_keeps_the_best_at_a_fraction_of_the_steps(devices):
     values = [0.05, 0.4, 0.1, 0.45, 0.3, 0.2, 0.15, 0.35, 0.25]
@@ -196,6 +184,61 @@ def test_halving_keeps_the_best_at_a_fraction_of_the_steps(devices):
     # the winner is not disturbed by who was stopped, nor by being moved
     for i in (6, 7):
         np.testing.assert_array_equal(halved.table.curves[i], full.table.curves[i])
+
+
+def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    traced = []
+
+    class Counted(Ranked):
+        @staticmethod
+        def make(env, config):
+            algo = Ranked.make(env, config)
+            return algo._replace(step=lambda state, hparams: traced.append(1) or algo.step(state, hparams))
+
+    pbt = sweep.PBT({"learning_rate": (0.01, 0.4)}, interval=12 * 8)  # rounds at 12, 24, 36 and 48 of 60
+    arguments = {"grid": {"learning_rate": [0.05, 0.1, 0.2, 0.3], "nan_at": [-1.0, 20.0]}, "pbt": pbt}
+    arguments |= {"env": ENV, "env_steps": STEPS, "eval_episodes": 2, "progress": "none", "figures": False}
+    whole = sweep.execute(Counted, out=tmp_path / "whole", devices=jax.devices()[:1], **arguments)
+    assert len(traced) == 2  # for the names of its metrics, and for the one program
+    table = whole.table
+    assert table.swept == ("learning_rate", "nan_at")
+    began = records.read_sweep(whole.out)["swept"]["learning_rate"]
+    for row in (table.row(i) for i in range(8)):
+        path = json.loads(row["lineage"])
+        assert path[0] == [
+            0,
+            path[0][1],
+            {"learning_rate": began[path[0][1]], "nan_at": path[0][2]["nan_at"]},
+        ]
+        assert path[-1][1:] == [row["member"], {name: row[name] for name in table.swept}]
+        for (_, _, before), (at, _, after) in itertools.pairwise(path):
+            assert at % (12 * 8) == 0
+            old, new = before["learning_rate"], after["learning_rate"]
+            assert new in (pytest.approx(min(old * 1.25, 0.4)), pytest.approx(old / 1.25))
+    assert max(table.columns["learning_rate"]) == pytest.approx(0.4)
+    assert min(table.columns["learning_rate"]) > 0.15  # nothing descends from the two worst
+    assert table.columns["status"].count("ok") > 4  # a copy takes the place of one that was frozen
+    for i, status in enumerate(table.columns["status"]):
+        assert (status == "frozen") == (table.row(i)["frozen_why"] is not None)
+
+    seen = []
+
+    def update(self, env_steps, row):
+        seen.append(env_steps)
+        if len(seen) == 30:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    out = tmp_path / "sweep"
+    assert sweep.execute(Ranked, out=out, devices=jax.devices()[:1], **arguments).interrupted
+    resumed = sweep.resume(
+        out, algorithm=Ranked, env=ENV, devices=jax.devices()[:3], progress="none", figures=False
+    )
+    assert bits(resumed) == bits(whole)
+    assert tables.read(out).columns == tables.read(whole.out).columns == table.columns
+    one, other = (sweep.load(folder, 5, algorithm=Ranked, env=ENV) for folder in (out, whole.out))
+    assert arrays(one.state) == arrays(other.state)
+    assert float(one.hparams.learning_rate) == pytest.approx(table.row(5)["learning_rate"])
 
 
 # ----------------------------------------------------------------------------------------- going on
@@ -297,6 +340,12 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
             {"hparams": fake.HParams(learning_rate=jnp.ones(2)), "grid": None},
             "learning_rate has a leading axis and the others have none",
         ),
+        ({"pbt": sweep.PBT({"gama": (0, 1)}, 80)}, "there is no hyperparameter 'gama'"),
+        (
+            {"pbt": sweep.PBT({"learning_rate": (0, 1)}, 80), "halving": sweep.Halving()},
+            "a sweep has one search",
+        ),
+        ({"pbt": sweep.PBT({"learning_rate": (0, 1)}, 80), "grid": None, "seeds": 1}, "at least two members"),
         (
             {"halving": sweep.Halving(), "chunk": 2},
             "halving: 6 members do not fit into memory at once, only 2",
@@ -426,10 +475,45 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         "--out",
         "groups",
     ]
-    assert cli.main([*args, "--static-grid", "num_envs=1,2", "--seeds", "2", "--progress", "none"]) == 0
-    read = {name: records.read_sweep(tmp_path / "groups" / name) for name in ("num_envs=1", "num_envs=2")}
-    assert [record["config"]["num_envs"] for record in read.values()] == [1, 2]
-    assert capsys.readouterr().out.count("num_envs=") >= 2
+    args += ["--static-grid", "num_envs=1,2", "--static-grid", "sizes=[3],[2,2]", "--seeds", "2"]
+    assert cli.main([*args, "--progress", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("s of compiling") == 4
+    assert "4 settings, 8 members" in shown
+    out = tmp_path / "groups"
+    inner = out / "num_envs=2,sizes=2x2"
+    assert records.read_sweep(inner)["config"] == {"num_envs": 2, "sizes": [2, 2], "warmup": 0}
+    table, part = tables.read(out), tables.read(inner)
+    assert table.swept == ("num_envs", "sizes")
+    assert table.columns["member"] == list(range(8))
+    assert table.columns["sizes"] == ["[3]", "[3]", "[2,2]", "[2,2]"] * 2
+    last = table.where(num_envs=2, sizes="[2,2]")
+    for name in ("seed", "episode_return_mean", "train_return", "env_steps"):
+        assert last.columns[name] == part.columns[name]
+    np.testing.assert_array_equal(last.curves, part.curves)  # the coarsest of them
+    assert table.curve_env_steps.tolist() == part.curve_env_steps.tolist()
+    # one environment: two chunks of 4 steps in the place of one of 8
+    finer = tables.read(out / "num_envs=1,sizes=3").curves[0]
+    pairs = finer.reshape(-1, 2)
+    expected = [np.nan if np.isnan(pair).all() else np.nanmean(pair) for pair in pairs]
+    np.testing.assert_array_equal(table.curves[0], expected)
+    names = {"learning_curves", "sensitivity_num_envs", "sensitivity_sizes", "heat_map_num_envs_sizes"}
+    assert names < {path.stem for path in out.glob("*.png")}
+
+    # as if it had been killed in the third sweep
+    (out / "table.csv").unlink()
+    shutil.rmtree(inner)
+    assert cli.main(["resume", str(out), "--progress", "none"]) == 0
+    assert tables.read(out).columns == table.columns
+    assert tables.read(inner).columns == part.columns
+    assert cli.main(["compare", str(out), str(inner)]) == 0
+    assert cli.main([*args, "--resume", "--static-grid", "warmup=0"]) == 2
+    assert "this command's of" in capsys.readouterr().err
+    assert cli.main(args) == 2
+    assert "already holds a sweep" in capsys.readouterr().err
+    assert cli.main(["eval", str(out), "--member", "8"]) == 2
+    assert "members 0 to 7" in capsys.readouterr().err
+    assert groups.locate(out, 7) == (inner, 1)
 
 
 @pytest.mark.usefixtures("_environment")
@@ -441,8 +525,13 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--grid", "learning_rate="], "--grid learning_rate=: expected NAME=VALUE"),
         (["--random", "2", "--space", "learning_rate=uniform:2:1"], "uniform(low=2, high=1): low must be below high"),
         (["--static-grid", "num_env=1"], "--static-grid num_env: Config has no such field. Nearest: num_envs"),
+        (["--rungs", "3"], "add --halving"),
+        (["--halving", "--rungs", "1"], "num_rungs=1): needs at least 2"),
+        (["--explore", "learning_rate=0:1"], "add --pbt"),
+        (["--pbt"], "--pbt: no hyperparameter to change"),
+        (["--pbt", "--explore", "learning_rate=1:0"], "low must be below high"),
         (["--devices", "99"], "--devices 99: there are"),
-        (["--width", "x"], "--width x: expected a number, all or auto"),
+        (["--side-by-side", "x"], "--side-by-side x: expected a number, all or auto"),
     ],
 )  # fmt: skip
 def test_what_the_command_refuses(capsys, flags, text):

@@ -83,6 +83,41 @@ def test_both_directions_and_all_donors_occur():
     assert set(np.round(ratio, 3).tolist()) == {0.5, 2.0}
 
 
+def test_without_a_score_nothing_happens_and_it_makes_no_donor():
+    states, hparams = population()
+    step = jax.jit(jax.vmap(lambda key, score: sweep.exploit_and_explore(
+        key, states, hparams, score, explore={"learning_rate": (0.0, 9.0)}, share=0.5,
+    ), in_axes=(0, None)))  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 50)
+    new, numbers, source = step(keys, jnp.full(8, jnp.nan))
+    np.testing.assert_array_equal(source, np.tile(np.arange(8), (50, 1)))
+    np.testing.assert_array_equal(numbers.learning_rate[0], hparams.learning_rate)
+    assert (jax.random.key_data(new.key) == jax.random.key_data(states.key)).all()
+    score = jnp.full(8, jnp.nan).at[jnp.array([2, 5])].set(jnp.array([1.0, 2.0]))
+    source = np.asarray(step(keys, score)[2])
+    assert set(source[:, 7].tolist()) == {2, 5}
+
+
+def test_rounds_are_at_ends_of_chunks_of_training():
+    pbt = search.PBT({"gamma": (0, 1)}, interval=100)
+    assert list(pbt.rounds(chunk=2, num_steps=50, env_steps_per_step=10)) == [10, 20, 30, 40]
+    assert list(pbt.rounds(chunk=3, num_steps=50, env_steps_per_step=10)) == [12, 24, 36, 48]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"interval": 0}, "interval=0"),
+        ({"explore": {}}, "names no hyperparameter"),
+        ({"explore": {"gamma": (1, 0)}}, "gamma: low=1, high=0"),
+        ({"share": 0.0}, "share=0.0"),
+    ],
+)
+def test_what_a_population_refuses(changes, text):
+    with pytest.raises(ValueError, match=text):
+        search.PBT(**{"explore": {"gamma": (0.0, 1.0)}, "interval": 10} | changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
