@@ -38,7 +38,7 @@ DATA = Path(os.environ.get("JRL_DATA", Path(__file__).parents[1].parent / "share
 # ------------------------------------------------------------------------------------------------ level 6: phonemes
 
 MAX_LETTERS, NUM_HELD_OUT = 8, 4096
-DECODER = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "width": 128, "mlp_width": 256}
+DECODER = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "width": 64, "mlp_width": 128}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -67,7 +67,7 @@ def halves(pairs: translation.Pairs, held_out: int) -> tuple[translation.Pairs, 
     )
 
 
-def phonemes(seed: int, steps: int = 400, rl_steps: int = 300) -> dict[str, Any]:
+def phonemes(seed: int, steps: int = 100, rl_steps: int = 100) -> dict[str, Any]:
     names, pairs = spellings()
     train_pairs, held_pairs = halves(pairs, NUM_HELD_OUT)
     tokens = {"vocab_size": len(names), "separator": len(names) - 2, "eos": len(names) - 1}
@@ -118,14 +118,18 @@ def phonemes(seed: int, steps: int = 400, rl_steps: int = 300) -> dict[str, Any]
     supervised = jax.block_until_ready(learn(seed, None, steps, 3e-3, 0.05))
     judge("supervised", supervised, began)
 
-    config = pg.Config(variant="rloo", num_prompts=64, group_size=8, cache=True, penalty="none")
+    config = pg.Config(variant="rloo", num_prompts=96, group_size=8, cache=True, penalty="none")
     algo = pg.make(env, config, model=models.from_transformer(env, decoder, supervised))
-    hparams = pg.HParams(learning_rate=3e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
+    hparams = pg.HParams(learning_rate=1e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
     began = time.perf_counter()
     state = jax.jit(algo.init)(jax.random.key(1000 + seed), hparams)
-    state, metrics = jax.block_until_ready(jrl.train(algo, state, hparams, num_steps=rl_steps))
+    results["rl_curve"] = []
+    for _ in range(5):
+        state, metrics = jax.block_until_ready(jrl.train(algo, state, hparams, num_steps=rl_steps // 5))
+        rate, _ = translation.error_rate(translation.translate(state.params, decoder, held_out), held_out)
+        results["rl_curve"].append({"error_rate": rate, "reward_of_samples": float(metrics["score"].mean())})
+        print(results["rl_curve"][-1], round(time.perf_counter() - began), flush=True)
     judge("rl", state.params, began)
-    results["reward_of_samples"] = [float(x) for x in metrics["score"].reshape(-1, rl_steps // 10).mean(1)]
 
     # The control: as many texts as reinforcement learning said, supervised.
     began = time.perf_counter()
@@ -137,7 +141,7 @@ def phonemes(seed: int, steps: int = 400, rl_steps: int = 300) -> dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------ level 7: dialogue
 
-EPOCHS, DIALOGUES, TRAINING = 40, 1000, 600_000
+EPOCHS, DIALOGUES, TRAINING = 30, 1000, 900_000
 
 
 def judged(key: jax.Array, env: jrl.Environment, policy: Any, count: int = DIALOGUES) -> dict[str, float]:
@@ -154,7 +158,8 @@ def judged(key: jax.Array, env: jrl.Environment, policy: Any, count: int = DIALO
 
 def book(env: jrl.Environment, rule: jrl.Policy, seed: int) -> tuple[jrl.Policy, list[dict[str, float]]]:
     """Train DQN, its replay first filled by their rule as theirs is; look at the greedy policy after each epoch."""
-    algo = jrl.dqn.make(env, warmup_policy=rule)
+    config = jrl.dqn.Config(num_envs=32, num_updates=4)
+    algo = jrl.dqn.make(env, config, warmup_policy=rule)
     num_steps = TRAINING // algo.env_steps_per_step // EPOCHS
     hparams = jrl.dqn.HParams(anneal_env_steps=float(TRAINING), epsilon_start=0.2, epsilon_end=0.02)
     hparams = jax.tree.map(np.float32, hparams)

@@ -165,10 +165,11 @@ def say(act: Act, talk: Domain, templates: Mapping[str, Any], side: str) -> str:
     if whole is not None:
         return whole
     single: list[tuple[str, dict[str, str], list[str]]] = [
-        ("inform", {slot: value}, []) for slot, value in inform.items()
+        ("inform", {slot: value}, []) for slot, value in inform.items() if slot != "taskcomplete"
     ]
     single += [("request", {}, [slot]) for slot in request]
     parts = [_template(*part, templates, side) or _plain(*part) for part in single]
+    parts += ["That is booked."] if "taskcomplete" in inform else []
     return " ".join(parts) or kind.replace("_", " ")
 
 

@@ -479,6 +479,7 @@ def test_words():
     assert say("usr", "inform", city=ANY) == "I do not care."
     assert say("agt", "inform", date=NO_MATCH) == "I have no date for that."
     assert say("agt", "inform", city="paris", taskcomplete=NO_MATCH) == "I am sorry, there is no ticket."
+    assert say("agt", "inform", city="paris", taskcomplete=AVAILABLE) == "It is in paris. That is booked."
     assert say("usr", "confirm_question") == "confirm question"
 
 
