@@ -1,5 +1,6 @@
 """Settings of the whole suite: safe XLA settings before jax is imported, a compilation cache, strictness."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -22,18 +23,38 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 SPREAD = ("test_readme", "test_resume", "test_processes", "test_notebooks", "test_cli", "test_hang")
 
 
+# Every compiled program maps memory, and Linux aborts a process of more than vm.max_map_count maps, 65,530 by default.
+MAX_MAPS = 20_000
+
+
+def scope(nodeid):
+    """Return what tests share compiled programs within: a case of the contract, a module, else themselves."""
+    path, _, test = nodeid.partition("::")
+    if Path(path).stem in SPREAD:
+        return nodeid
+    if Path(path).stem == "test_contract":
+        return path + re.sub(r".*\[(.*?)(-True|-False)?\]$", r"\1", test)
+    return path
+
+
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is nothing to schedule
 def pytest_xdist_make_scheduler(config, log):
-    """Keep tests that share compiled programs in one worker: those of a case of the contract, or of a module."""
+    """Keep tests that share compiled programs in one worker."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            path, _, test = nodeid.partition("::")
-            if Path(path).stem in SPREAD:
-                return nodeid
-            if Path(path).stem == "test_contract":
-                return path + re.sub(r".*\[(.*?)(-True|-False)?\]$", r"\1", test)
-            return path
+            return scope(nodeid)
 
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs between scopes once there are many of them."""
+    if nextitem is not None and scope(item.nodeid) == scope(nextitem.nodeid):
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()

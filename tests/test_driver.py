@@ -460,7 +460,7 @@ def test_bad_values_are_named(change, error, message):
 
 
 def test_unknown_names_come_with_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown algorithm 'pppo'\. Nearest: ppo\. "):
+    with pytest.raises(ValueError, match=r"unknown algorithm 'pppo'\. Nearest: ppo, grpo\. "):
         driver.run("pppo", ENV, env_steps=8)
     with pytest.raises(ValueError, match=r"Unknown environment id 'CartPol-v1'\. Nearest: CartPole-v1"):
         driver.run(fake, "CartPol-v1", env_steps=8)

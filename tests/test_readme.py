@@ -75,7 +75,8 @@ def test_the_train_command_does_what_it_says(tmp_path):
     output = run(["-m", "jrl", *arguments, "--eval-episodes", "4"], tmp_path)
     assert "CartPole-v1" in output
     folder = tmp_path / arguments[arguments.index("--out") + 1]
-    listed = re.findall(r"^\| `([\w.]+)/?` \|", README, flags=re.MULTILINE)
+    contents = README.partition("A run folder holds")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `([\w.]+)/?` \|", contents, flags=re.MULTILINE)
     assert sorted(listed) == sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")
 
 

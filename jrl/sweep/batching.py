@@ -125,7 +125,7 @@ def merge_groups(tree: PyTree, width: int) -> PyTree:
     """Undo :func:`split_groups`."""
     if width == 1:
         return tree
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), tree)
 
 
 def _of_group(function: Callable[..., Any], width: int) -> Callable[..., Any]:
