@@ -67,7 +67,7 @@ def halves(pairs: translation.Pairs, held_out: int) -> tuple[translation.Pairs, 
     )
 
 
-def phonemes(seed: int, steps: int = 50, rl_steps: int = 250) -> dict[str, Any]:
+def phonemes(seed: int, steps: int = 100, rl_steps: int = 100) -> dict[str, Any]:
     names, pairs = spellings()
     train_pairs, held_pairs = halves(pairs, NUM_HELD_OUT)
     tokens = {"vocab_size": len(names), "separator": len(names) - 2, "eos": len(names) - 1}
@@ -120,7 +120,7 @@ def phonemes(seed: int, steps: int = 50, rl_steps: int = 250) -> dict[str, Any]:
 
     config = pg.Config(variant="rloo", num_prompts=96, group_size=8, cache=True, penalty="none")
     algo = pg.make(env, config, model=models.from_transformer(env, decoder, supervised))
-    hparams = pg.HParams(learning_rate=5e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
+    hparams = pg.HParams(learning_rate=1e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
     began = time.perf_counter()
     state = jax.jit(algo.init)(jax.random.key(1000 + seed), hparams)
     results["rl_curve"] = []
