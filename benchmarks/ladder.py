@@ -31,6 +31,7 @@ xla.configure()
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ladder_applications import level7, phonemes
 
 import jrl
 from jrl.language import dpo, exact, imitation, metrics, models, tasks, token_q
@@ -373,6 +374,8 @@ ROWS = {
     "level3-addition": Row(level3("Addition-jrl", 1500, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
     "level3-sorting": Row(level3("Sorting-jrl", 400, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
     "level3-reversing": Row(level3("Reversing-jrl", 300, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
+    "level6-phonemes": Row(phonemes, "error_removed > 0", lambda r: r["error_removed"] > 0),
+    "level7": Row(level7, **at_least("success", 0.9)),
     "bleu": Row(bleu, **at_least("sentences_per_second_4", 50_000)),
 }  # fmt: skip
 

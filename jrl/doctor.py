@@ -151,6 +151,7 @@ def print_envs() -> None:
     from rich.table import Table
 
     from jrl import envs
+    from jrl.envs import registry
 
     table = Table("id", "observation", "actions", "time limit", box=None, padding=(0, 2, 0, 0))
     for env_id in envs.ids():
@@ -159,6 +160,8 @@ def print_envs() -> None:
         text = "-" if limit is None else f"{int(limit):,}"
         table.add_row(env_id, _shapes(env.observation), _action(env.action), text)
     Console().print(table, highlight=False)
+    for env_id, argument in registry.NEED_DATA.items():
+        print(f"{env_id} needs --env-kwarg {argument}=FOLDER")
 
 
 def _shapes(observation: Any) -> str:

@@ -61,6 +61,7 @@ def test_tables_of_environments_and_algorithms(monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "CartPole-v1  float32[4]   Discrete(2)  500" in table
     assert "Box((1,))" in table
+    assert "MovieBooking-jrl needs --env-kwarg data=FOLDER" in table
     doctor.print_algos()
     table = capsys.readouterr().out
     for name in ("ppo", "dqn"):

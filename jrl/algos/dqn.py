@@ -195,6 +195,7 @@ def make(
     *,
     network: Any = None,
     optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
+    warmup_policy: Policy | None = None,
 ) -> Algorithm:
     """Return DQN on ``env`` as an :class:`~jrl.types.Algorithm`.
 
@@ -204,6 +205,8 @@ def make(
         network: any ``init``/``apply`` pair, ``obs -> Q [..., A]``, or ``[..., A, num_atoms]`` where a distribution is
             learned; an implicit one is called on a :class:`~jrl.types.QuantileQuery`. None builds one from ``config``.
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
+        warmup_policy: takes the warmup_env_steps, without a memory: one that finds what chance does not (Li et al.,
+            2017, arXiv:1703.01008, start from rules). None draws actions uniformly.
 
     Raises:
         TypeError: ``env``, ``config`` or ``network`` is not what it should be, or the actions are not Discrete.
@@ -245,6 +248,10 @@ def make(
             )
         return action, memory, ()  # the replay would keep what it returns here
 
+    def demonstrate(params: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        assert warmup_policy is not None
+        return warmup_policy.apply(params, key, obs, ())[0], memory, ()
+
     def init_memory(batch_shape: tuple[int, ...]) -> Memory:
         # Two arrays: one buffer could not be donated twice.
         held = (jnp.zeros(batch_shape, jnp.int32) for _ in ops.HeldAction._fields)
@@ -263,8 +270,10 @@ def make(
         support = jnp.zeros((0,))
         if config.distribution == "categorical":
             support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
-        uniform = explorer(params, support, jnp.float32(1.0), hparams)
-        start, stored = off_policy.warm_up(warmup_key, envs, env_params, uniform, start, config, buffer)
+        filling = explorer(params, support, jnp.float32(1.0), hparams)
+        if warmup_policy is not None:
+            filling = Policy(demonstrate, warmup_policy.params, init_memory)
+        start, stored = off_policy.warm_up(warmup_key, envs, env_params, filling, start, config, buffer)
         return State(
             params=params,
             # A copy of its own: two leaves of one buffer could not both be donated.

@@ -11,6 +11,9 @@ from jrl.types import Environment
 DOWNLOADS = ("MNISTBandit-bsuite",)
 """Ids whose environment downloads data when it is built; :func:`ids` leaves them out."""
 
+NEED_DATA = {"MovieBooking-jrl": "data"}
+"""Ids that need an argument of :func:`make`, the folder of their data; :func:`ids` leaves them out too."""
+
 _FACTORIES: dict[str, Callable[..., Environment]] = {}
 
 
@@ -37,11 +40,11 @@ def register(env_id: str, factory: Callable[..., Environment]) -> None:
 def ids() -> list[str]:
     """Return every id :func:`make` can build offline: jrl's own, then gymnax's (which is imported here).
 
-    Those that download data first are in :data:`DOWNLOADS` instead.
+    Those that download data first are in :data:`DOWNLOADS` instead, those of data that you bring in :data:`NEED_DATA`.
     """
     from jrl.envs import gymnax
 
-    own = sorted(_FACTORIES)
+    own = sorted(set(_FACTORIES) - set(NEED_DATA))
     return own + [i for i in gymnax.registered() if i not in _FACTORIES and i not in DOWNLOADS]
 
 

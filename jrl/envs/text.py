@@ -1,25 +1,26 @@
-"""The ids of the token environments (:mod:`jrl.language.tasks`), which are imported when one is first asked for."""
+"""The ids of the text environments, whose modules are imported when one is first asked for."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 from jrl.envs.registry import register
 from jrl.types import Environment
 
 
-def _make(name: str, **kwargs: Any) -> Environment:
-    from jrl.language import tasks
+def _make(module: str, name: str, **kwargs: Any) -> Environment:
+    # By name: MovieBooking reads files, which only the outer ring does, and nothing here may depend on that ring.
+    return getattr(importlib.import_module(module), name)(**kwargs)
 
-    return getattr(tasks, name)(**kwargs)
 
-
-for _id, _name in (
-    ("RandomWalks-jrl", "random_walks"),
-    ("Addition-jrl", "addition"),
-    ("Sorting-jrl", "sorting"),
-    ("Reversing-jrl", "reversing"),
-    ("NextWord-jrl", "next_word"),
+for _id, _module, _name in (
+    ("RandomWalks-jrl", "jrl.language.tasks", "random_walks"),
+    ("Addition-jrl", "jrl.language.tasks", "addition"),
+    ("Sorting-jrl", "jrl.language.tasks", "sorting"),
+    ("Reversing-jrl", "jrl.language.tasks", "reversing"),
+    ("NextWord-jrl", "jrl.language.tasks", "next_word"),
+    ("MovieBooking-jrl", "jrl.language.booking", "movie_booking"),
 ):
-    register(_id, functools.partial(_make, _name))
+    register(_id, functools.partial(_make, _module, _name))

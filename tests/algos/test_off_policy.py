@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,17 @@ def test_the_warm_up_holds_what_a_policy_with_vector_actions_met():
     assert held.action.shape == (36, 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), held, met)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), end.obs, state.obs)
+
+
+def test_a_policy_that_is_given_takes_the_warm_up():
+    def act(action, key, obs, memory):
+        assert memory == ()
+        return jnp.full(obs.shape[0], action), memory, {"not": obs}
+
+    config = dataclasses.replace(CONFIG, persistent=True, hidden_sizes=(4,))
+    algo = dqn.make(jrl.make("CartPole-v1"), config, warmup_policy=Policy(act, jnp.int32(1)))
+    state = jax.jit(algo.init)(jax.random.key(0), dqn.HParams())
+    assert (replay.uniform.read(state.replay, jnp.arange(36)).action == 1).all()
 
 
 @pytest.mark.parametrize(

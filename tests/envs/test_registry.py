@@ -7,6 +7,7 @@ import pytest
 
 import jrl
 from jrl.envs import DOWNLOADS, ids, make, probes, register
+from jrl.envs.registry import NEED_DATA
 
 
 def test_a_jrl_environment_is_returned_as_it_is():
@@ -20,7 +21,7 @@ def test_ids():
     names = ids()
     assert len(names) == len(set(names))
     assert {"CartPole-v1", "ProbeTruncation-jrl"} <= set(names)
-    assert not set(DOWNLOADS) & set(names)
+    assert not {*DOWNLOADS, *NEED_DATA} & set(names)
 
 
 @pytest.mark.parametrize(
