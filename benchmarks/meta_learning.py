@@ -46,7 +46,7 @@ SINUSOID = {
 }
 NAVIGATION = {"learning_rate": 1e-2, "inner_learning_rate": 0.1}
 STEP_SIZES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-BARS = {"sinusoid": {1: 0.5, 10: 0.2}}  # error after so many steps, at most
+SINUSOID_BARS = ((1, 0.5), (10, 0.2))  # steps, error after them at most
 
 
 # --------------------------------------------------------------------------------------------- sinusoids
