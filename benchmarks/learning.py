@@ -142,6 +142,14 @@ ROWS = {
     "ppo-memorychain": Row("ppo", "MemoryChain-bsuite", 200_000, 1.0, {}, {"anneal_env_steps": 2e5}),
     "sac-pendulum": Row("sac", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
     "td3-pendulum": Row("td3", "Pendulum-v1", 100_000, -155.0, {}, {"anneal_env_steps": 1e5}),
+    "td3-mountaincar-continuous": Row(
+        "td3",
+        "MountainCarContinuous-v0",
+        100_000,
+        92.0,
+        {},
+        {"anneal_env_steps": 1e5, "exploration_noise": 0.5, "noise_correlation": 0.95},
+    ),
     "a2c-cartpole": Row(
         "a2c",
         "CartPole-v1",

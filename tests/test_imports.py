@@ -41,6 +41,7 @@ RINGS = {
     "jrl.language.tasks": 1,
     "jrl.language.tokenizers": 3,
     "jrl.language.weights": 3,
+    "jrl.meta": 2,
     "jrl.parallel": 2,
     "jrl.inspection": 2,
     "jrl.stages": 2,

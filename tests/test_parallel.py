@@ -23,7 +23,11 @@ def make_ppo(env="CartPole-v1", **choices):
 
 
 PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_target_kl": True}
-CASES = {"discrete": make_ppo(), "continuous": make_ppo("Pendulum-v1", **PENDULUM)}
+CASES = {
+    "discrete": make_ppo(),
+    "continuous": make_ppo("Pendulum-v1", **PENDULUM),
+    "gru": make_ppo("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
+}
 
 
 class Run:
@@ -60,7 +64,9 @@ def assert_close(a, b, rtol=1e-4):
         np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=rtol * max(scale, 1e-2), err_msg=name)
 
 
-@pytest.mark.parametrize(("case", "num_devices"), [("discrete", 2), ("discrete", 8), ("continuous", 8)])
+@pytest.mark.parametrize(
+    ("case", "num_devices"), [("discrete", 2), ("discrete", 8), ("continuous", 8), ("gru", 2)]
+)
 def test_the_same_run_on_any_number_of_devices(case, num_devices):
     one, several = run(case, 1), run(case, num_devices)
     assert_close(several.start, one.start, rtol=0)
@@ -78,6 +84,14 @@ def test_every_device_holds_its_own_environments_and_all_parameters():
         assert all(np.array_equal(value, values[0]) for value in values)
     obs = np.asarray(state.rollout.obs)
     assert len(np.unique(obs, axis=0)) == len(obs)  # no two shards draw the same
+
+
+def test_a_memory_is_split_with_its_environments():
+    several = run("gru", 2)
+    for leaf in jax.tree.leaves(several.second.rollout.memory):
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(8, *leaf.shape[1:])}
+        assert (np.asarray(leaf) != 0).any(-1).all()
+    assert several.first_metrics["num_episodes"] > 0  # at whose ends it was reset
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ladder
 import learning
+import meta_learning
 import numpy as np
 import pytest
 
@@ -48,6 +49,17 @@ def test_every_record_follows_from_its_seeds():
         assert record["env_steps"] == row.env_steps
         assert record["config"] == json.loads(json.dumps(row.config))
         assert record["hparams"] == row.hparams
+
+
+def test_meta_learning_reached_its_bars():
+    folder = ROOT / "benchmarks" / "results"
+    record = json.loads((folder / "meta-sinusoid.json").read_text())
+    error = meta_learning.scores(record)["maml"]
+    assert all((error[:, record["steps"].index(k)] <= bar).all() for k, bar in meta_learning.SINUSOID_BARS)
+    record = json.loads((folder / "meta-navigation.json").read_text())
+    returns = meta_learning.scores(record)
+    assert (returns["maml"][:, 1] > returns["pretrained"][:, 1]).all()  # seed by seed
+    assert (returns["maml"].mean(0)[1:] > returns["pretrained"].mean(0)[1:]).all()
 
 
 def test_interquartile_mean():

@@ -2,8 +2,9 @@
 
 DDPG (Lillicrap et al., 2016, https://arxiv.org/abs/1509.02971) is the static choice without its three changes: two
 critics, a policy updated less often, and noise on the target's action. Deviations: a time limit is never a terminal
-state; exploration is white noise in both; the targets of critics and policy move at every critic update; the warm-up
-fill happens in ``init``, so that no step has a data-dependent branch.
+state; exploration is white noise in both unless ``noise_correlation`` is set (DDPG's Ornstein-Uhlenbeck process, at its
+stationary variance); the targets of critics and policy move at every critic update; the warm-up fill happens in
+``init``, so that no step has a data-dependent branch.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class HParams:
     """Share of the networks that the target networks take over at each update."""
     exploration_noise: float = 0.1
     """Standard deviation of the noise on actions, in half widths of the Box."""
+    noise_correlation: float = 0.0
+    """Correlation ρ of that noise from one step to the next: it goes where independent noise averages out."""
     target_noise: float = 0.2
     """Of the noise on the target's action, for td3."""
     target_noise_clip: float = 0.5
@@ -154,20 +157,30 @@ def make(
         """``Q_k(s, a)``, ``[N, K]``."""
         return critic.apply(params, (obs, action), ())[0][..., 0]
 
-    def noisy(action: Array, key: Key, scale: Array | float, clip: Array | float = jnp.inf) -> Array:
-        noise = jnp.clip(scale * jax.random.normal(key, action.shape), -clip, clip)
+    def moved(action: Array, noise: Array) -> Array:
         return jnp.clip(action + half * noise, box.low, box.high)
 
     def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         params, scale = acting
-        return noisy(choose(params, obs), key, scale), memory, ()
+        action = choose(params, obs)
+        return moved(action, scale * jax.random.normal(key, action.shape)), memory, ()
+
+    def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        params, scale, correlation = acting
+        # x' = ρ x + sqrt(1 − ρ²) ε keeps variance 1; an episode begins with 0.
+        noise = jax.random.normal(key, memory.shape)
+        memory = correlation * memory + jnp.sqrt(1.0 - jnp.square(correlation)) * noise
+        return moved(choose(params, obs), scale * memory), memory, ()
+
+    def init_noise(batch_shape: tuple[int, ...]) -> Memory:
+        return jnp.zeros((*batch_shape, *box.shape))
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         actor_key, critic_key, reset_key, warmup_key, state_key = jax.random.split(key, 5)
         env_params = env.params if hparams.env is None else hparams.env
-        start = rollout.start(reset_key, envs, env_params, config.num_envs)
-        at_random = off_policy.random_policy(env)
+        start = rollout.start(reset_key, envs, env_params, config.num_envs, init_noise((config.num_envs,)))
+        at_random = dataclasses.replace(off_policy.random_policy(env), init_memory=init_noise)
         start, memory = off_policy.warm_up(warmup_key, envs, env_params, at_random, start, config)
         action = jnp.zeros((config.num_envs, *box.shape))
         params = {
@@ -189,7 +202,9 @@ def make(
         """``r + γ (1 − terminated) min_k Q⁻_k(s', μ⁻(s') + noise)``, ``[N]``."""
         next_action = choose(state.target_params["actor"], sample.next_obs)
         if twin:
-            next_action = noisy(next_action, key, hparams.target_noise, hparams.target_noise_clip)
+            noise = hparams.target_noise * jax.random.normal(key, next_action.shape)
+            clip = hparams.target_noise_clip
+            next_action = moved(next_action, jnp.clip(noise, -clip, clip))
         next_value = values(state.target_params["critic"], sample.next_obs, next_action).min(-1)
         return sample.rewards[0] + hparams.gamma * jnp.where(sample.terminated, 0.0, next_value)
 
@@ -238,7 +253,8 @@ def make(
         next_key, unroll_key, update_key = jax.random.split(state.key, 3)
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         env_params = env.params if hparams.env is None else hparams.env
-        behaviour = Policy(act, (state.params["actor"], hparams.exploration_noise))
+        acting = (state.params["actor"], hparams.exploration_noise, hparams.noise_correlation)
+        behaviour = Policy(explore, acting, init_noise)
         rollout_state, transitions, episode_metrics = rollout.unroll(
             unroll_key, envs, env_params, behaviour, state.rollout, config.unroll_length
         )

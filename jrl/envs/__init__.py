@@ -3,7 +3,16 @@
 gymnax is imported when an environment of it is first asked for, never by importing this module.
 """
 
-from jrl.envs import blackjack, classic_tabular, counterexamples, grid_world, probes, text, traffic_light
+from jrl.envs import (
+    blackjack,
+    classic_tabular,
+    counterexamples,
+    grid_world,
+    navigation,
+    probes,
+    text,
+    traffic_light,
+)
 from jrl.envs.build import from_functions, strict
 from jrl.envs.enumeration import to_mdp
 from jrl.envs.finite import FiniteModel, Outcomes, Start, from_mdp, from_outcomes
@@ -48,6 +57,7 @@ __all__ = [
     "grid_world",
     "ids",
     "make",
+    "navigation",
     "normalize_observation",
     "normalize_reward",
     "one_hot_observation",

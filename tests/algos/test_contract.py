@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.key_reuse import _core as key_reuse
 from jax.sharding import Mesh, PartitionSpec
 
 import jrl
 from jrl import checkpoint
+
+# JAX's checker follows keys through a reshape, but takes transposed ones, as those of a vmapped scan, for used.
+key_reuse.key_reuse_signatures.setdefault(
+    jax.lax.transpose_p, key_reuse.key_reuse_signatures[jax.lax.reshape_p]
+)
 
 # All tests of a case follow each other in one process, which compiles it once.
 every_case = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name, scope="module")
