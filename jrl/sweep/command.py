@@ -47,7 +47,7 @@ class Options:
     devices: int = 0
     """Devices to shard members over; 0 for all: every accelerator, or every core of a CPU.
     With distributed: of this process, by default one on a CPU."""
-    width: str = "auto"
+    side_by_side: str = "auto"
     """Members side by side on a device: a number, all, or auto (1 on a CPU, all on an accelerator)."""
     chunk: int | None = None
     """Members in memory at once; by default as many as fit."""
@@ -127,12 +127,9 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
     from jrl.sweep import processes
 
     module = configuration.load(algorithm)
-    options, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
+    options, env_kwargs, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
     if options.distributed:
         processes.initialize(options.coordinator, options.num_processes, options.process_id)
-    env_kwargs = {
-        name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
-    }
     hparams = module.HParams(**numbers)
     if options.env_param:
         from jrl.envs import make
@@ -148,8 +145,8 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
     devices = jax.devices()
     if options.devices > len(devices) and not options.distributed:
         raise RunError(f"--devices {options.devices}: there are {len(devices)}.")
-    if not options.width.isdecimal() and options.width not in ("auto", "all"):
-        raise RunError(f"--width {options.width}: expected a number, all or auto.")
+    if not options.side_by_side.isdecimal() and options.side_by_side not in ("auto", "all"):
+        raise RunError(f"--side-by-side {options.side_by_side}: expected a number, all or auto.")
     grid = {
         name: [_number(part, f"--grid {name}={text}") for part in text.split(",")]
         for name, text in flags.pairs(options.grid, "--grid").items()
@@ -170,7 +167,7 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "eval_episodes": options.eval_episodes,
         # of several processes each brings its own
         "devices": devices if options.distributed else devices[: options.devices or None],
-        "width": int(options.width) if options.width.isdecimal() else options.width,
+        "width": int(options.side_by_side) if options.side_by_side.isdecimal() else options.side_by_side,
         "chunk": options.chunk,
         "checkpoint_seconds": options.checkpoint_seconds,
         "progress": None if options.progress == "auto" else options.progress,

@@ -442,7 +442,7 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--random", "2", "--space", "learning_rate=uniform:2:1"], "uniform(low=2, high=1): low must be below high"),
         (["--static-grid", "num_env=1"], "--static-grid num_env: Config has no such field. Nearest: num_envs"),
         (["--devices", "99"], "--devices 99: there are"),
-        (["--width", "x"], "--width x: expected a number, all or auto"),
+        (["--side-by-side", "x"], "--side-by-side x: expected a number, all or auto"),
     ],
 )  # fmt: skip
 def test_what_the_command_refuses(capsys, flags, text):
