@@ -109,6 +109,8 @@ class HParams:
     """Weight of CQL's term; 0.1 is usual with ilql, 0 with dqn's own texts."""
     advantage_weight: float = 4.0
     """ilql: w, of the advantages beside the logarithm of the cloned policy."""
+    q_scale: float = 0.1
+    """Pretrained: Q starts as the logits times this, the α of Q = α log π + V; of the size of the returns."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this global norm."""
     env: PyTree = None
@@ -174,6 +176,7 @@ def make(
     config = checks.config(config, Config)
     spec, ilql = token_step(env, "token_q"), config.variant == "ilql"
     num_q = 2 if ilql else 1
+    pretrained = model is None and config.model == "pretrained"
     model = models.of_config(env, config, num_q=num_q, dueling=config.dueling) if model is None else model
     steps, longest = spec.max_new_tokens, spec.max_prompt + spec.max_new_tokens
     if config.cache and (model.start is None or model.read is None):
@@ -241,6 +244,9 @@ def make(
         checks.hparams(hparams, HParams)
         model_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
         params = model.init(model_key)
+        if pretrained:
+            kernel = params["q"]["kernel"] * hparams.q_scale
+            params = params | {"q": params["q"] | {"kernel": kernel}}
         start = next_prompts(reset_key, hparams)
         weight = jnp.asarray(hparams.advantage_weight, jnp.float32)
         replay: Any = data
