@@ -6,7 +6,9 @@
 
 Level 0: every text of 8^5 enumerated; policies against π* ∝ π_ref exp(return / β), values against Q*.
 Level 1: shortest walks on trlx's graph of 21 nodes. Level 2: "the cat sat on the" → "mat" over the bigrams of a real
-text. Level 3: addition, sorting, reversing, scored on questions that no training saw. ``bleu``: sentences a second.
+text. Level 3: addition, sorting, reversing, scored on questions that no training saw. Levels 4, 5 and 10 begin with a
+language model (``benchmarks/ladder_models.py``); level 5 needs that of ``benchmarks/language.py`` in
+``runs/shakespeare``. ``bleu``: sentences a second.
 Each row writes ``benchmarks/results/language-<row>.json``: the bar, one record a seed with what was reached, wall and
 processor seconds (compilation included), settings, versions, device, commit. Real text is read from JRL_DATA or
 ../shared/data; rows that need it say so where it is absent.
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ladder_applications import level7, phonemes
+from ladder_models import DATA, level4, level5, level10, train
 
 import jrl
 from jrl.language import dpo, exact, imitation, metrics, models, tasks, token_q
@@ -39,7 +42,6 @@ from jrl.language import policy_gradient as pg
 from jrl.language.preferences import Pairs
 
 RESULTS = Path(__file__).parent / "results"
-DATA = Path(os.environ.get("JRL_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 README = Path(__file__).parent.parent / "README.md"
 TABLE_START, TABLE_END = "<!-- language-table:start -->", "<!-- language-table:end -->"
 BETA = 0.5
@@ -52,17 +54,6 @@ class Row:
     run: Callable[[int], dict[str, Any]]
     bar: str
     reached: Callable[[dict[str, Any]], bool]
-
-
-def train(algo: jrl.Algorithm, hparams: Any, seed: int, num_steps: int) -> Any:
-    """Return the state after ``num_steps``, the step size annealed over them."""
-    horizon = float(num_steps * algo.env_steps_per_step)
-    hparams = jax.tree.map(np.float32, hparams.replace(anneal_env_steps=horizon))
-    state = jax.jit(algo.init)(jax.random.key(seed), hparams)
-    state, _ = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=num_steps), donate_argnums=0)(
-        state
-    )
-    return jax.block_until_ready(state)
 
 
 # ----------------------------------------------------------------------------------------------------- level 0
@@ -351,6 +342,10 @@ def at_least(key: str, least: float) -> dict[str, Any]:
     return {"bar": f"{key} >= {least}", "reached": lambda result: result[key] >= least}
 
 
+def in_words(result: dict[str, Any]) -> bool:
+    return result["optimal"] == 1.0 and result["agreement"] >= 0.95
+
+
 ROWS = {
     "level0-rloo": Row(level0_policy("rloo", 1000), **up_to("kl", 0.01)),
     "level0-reinforce": Row(level0_policy("reinforce", 1000), **up_to("kl", 0.01)),
@@ -374,6 +369,18 @@ ROWS = {
     "level3-addition": Row(level3("Addition-jrl", 1500, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
     "level3-sorting": Row(level3("Sorting-jrl", 400, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
     "level3-reversing": Row(level3("Reversing-jrl", 300, hidden_sizes=(256, 256)), **at_least("exact_match", 0.99)),
+    "level4": Row(
+        level4,
+        "rate >= 0.9; perplexity_ratio <= 1.3",
+        lambda r: r["rate"] >= 0.9 and r["perplexity_ratio"] <= 1.3,
+    ),
+    "level5": Row(
+        level5,
+        "dqn_to_ppo >= 0.95; gain >= 0.3",
+        lambda r: r["dqn_to_ppo"] >= 0.95 and r["gain"] >= 0.3,
+    ),
+    "level10-light": Row(level10("TrafficLight-jrl", 20), "optimal = 1; agreement >= 0.95", in_words),
+    "level10-grid": Row(level10("GridWorld-jrl", 40), "optimal = 1; agreement >= 0.95", in_words),
     "level6-phonemes": Row(phonemes, "error_removed > 0", lambda r: r["error_removed"] > 0),
     "level7": Row(level7, **at_least("success", 0.9)),
     "bleu": Row(bleu, **at_least("sentences_per_second_4", 50_000)),

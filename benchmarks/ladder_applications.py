@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ xla.configure()
 
 import jax
 import numpy as np
+from ladder_models import DATA
 
 import jrl
 from jrl.language import booking, data, dialogue, models, pretraining, translation
@@ -32,7 +32,6 @@ from jrl.language import policy_gradient as pg
 from jrl.networks import transformer
 
 RESULTS = Path(__file__).parent / "results"
-DATA = Path(os.environ.get("JRL_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 
 
 # ------------------------------------------------------------------------------------------------ level 6: phonemes

@@ -155,10 +155,9 @@ def train(args: Sequence[str]) -> int:
 
     algorithm = args[0]
     module = configuration.load(algorithm)
-    options, config, numbers = flags.parse(f"jrl train {algorithm}", flags.Options, module, args[1:])
-    env_kwargs = {
-        name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
-    }
+    options, env_kwargs, config, numbers = flags.parse(
+        f"jrl train {algorithm}", flags.Options, module, args[1:]
+    )
     hparams = module.HParams(**numbers)
     if options.env_param:
         from jrl.envs import make

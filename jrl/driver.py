@@ -55,17 +55,18 @@ class RunResult:
 
 
 class Task(NamedTuple):
-    """What differs in a run that is not about an environment.
+    """What differs in a run of a language model.
 
     Attributes:
         prepare: writes what the folder holds beside ``run.json``.
-        evaluate: ``(state, stop) -> evaluation`` of the end, for ``summary.json``; None where it was stopped.
+        evaluate: ``(state, stop) -> evaluation`` of the end, for ``summary.json``; None where it was stopped. Without
+            it episodes are played.
         extra: a row of metrics -> what to add to it.
         summary: what to add to ``summary.json``.
     """
 
     prepare: Callable[[Path], None]
-    evaluate: Callable[[Any, StopRequest], dict[str, Any] | None]
+    evaluate: Callable[[Any, StopRequest], dict[str, Any] | None] | None
     extra: Callable[[dict[str, Any]], dict[str, Any]]
     summary: Mapping[str, Any]
 
@@ -138,7 +139,16 @@ def run(
         "checkpoint_seconds": checkpoint_seconds,
         "keep": keep,
     }
-    return start_run(setup, record, folder, loggers, progress)
+    return start_run(setup, record, folder, loggers, progress, _task(setup))
+
+
+def _task(setup: Setup) -> Task | None:
+    """What a run on texts has beside that of any other environment."""
+    if setup.module is None or not setup.module.startswith("jrl.language."):
+        return None
+    from jrl.language import runs  # imports this module
+
+    return runs.text_task(setup)
 
 
 def start_run(
@@ -213,7 +223,8 @@ def resume(
     """
 
     def build(record: Mapping[str, Any]) -> tuple[Setup, Task | None]:
-        return configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams), None
+        setup = configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams)
+        return setup, _task(setup)
 
     return resume_run(Path(path), env_steps, build, loggers, progress)
 
@@ -371,7 +382,7 @@ def _train(
         extra = task.extra if task else None
         trained = loop.train(compiled, setup, record, folder, sinks, show, stop, extra)
         evaluation = None
-        if task is not None:
+        if task is not None and task.evaluate is not None:
             evaluation = None if stop.requested else task.evaluate(trained.state, stop)
         elif not stop.requested and record["eval_episodes"]:
             evaluation = loop.evaluate(

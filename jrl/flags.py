@@ -52,17 +52,49 @@ class Options:
     """Project on Weights & Biases."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """What texts are made of and rewarded by, for algorithms over texts."""
+
+    reward: tuple[str, ...] = ()
+    """[WEIGHT*]NAME[:ARGUMENT] of Text-jrl: ngram:3, repetition:3, lexicon:happy,sad=-1, format:REGEX, likelihood,
+    length:N, finished; repeatable, and added up."""
+    prompts: str = ""
+    """Of Text-jrl: a text file with a prompt a line, or corpus, for pieces of what the model was trained on."""
+
+
 def parse(
     prog: str, options: type[Any], module: Any, args: Sequence[str]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Parse flags: those of ``options``, and every field of the module's ``Config`` and ``HParams``.
 
     Returns:
-        The options, the fields of ``Config`` and those of ``HParams`` (without ``env``).
+        The options, the environment's keyword arguments, the fields of ``Config`` and those of ``HParams`` (without
+        ``env``).
+
+    Raises:
+        ValueError: flags of texts with an environment that has its own.
     """
+    of_texts = hasattr(module, "flops_per_env_step")
     groups = [flags(options), flags(module.Config), flags(module.HParams, skip=("env",))]
-    run, config, hparams = parse_groups(prog, module.__doc__ or "", groups, args)
-    return options(**run), config, hparams
+    run, config, hparams, *text = parse_groups(
+        prog, module.__doc__ or "", groups + [flags(TextOptions)] * of_texts, args
+    )
+    env_kwargs = {name: json_value(value) for name, value in pairs(run["env_kwarg"], "--env-kwarg").items()}
+    if of_texts:
+        from jrl.language.models import KINDS
+
+        given = {name: value for name, value in text[0].items() if value}
+        if config["model"] not in KINDS:  # a folder
+            given["model"], config["model"] = config["model"], "pretrained"
+        if given and run["env"] != "Text-jrl":
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"--{name} {value if isinstance(value, str) else value[0]}: {run['env']} has texts and rewards of its "
+                "own; use --env Text-jrl."
+            )
+        env_kwargs |= {name: list(value) if name == "reward" else value for name, value in given.items()}
+    return options(**run), env_kwargs, config, hparams
 
 
 def parse_groups(

@@ -138,7 +138,7 @@ class Bar:
 def _return(row: Mapping[str, Any]) -> str:
     if "text" in row:  # a sweep says more than one return
         return str(row["text"])
-    if "model_flop_utilization" in row:  # a language model: what counts is the loss on text it has not seen
+    if "validation_loss" in row:  # a language model: what counts is the loss on text it has not seen
         return (
             f"loss {row['loss']:.3f}, validation {row['validation_loss']:.3f}, "
             f"{row['model_flop_utilization']:.0%} of peak"
@@ -148,7 +148,7 @@ def _return(row: Mapping[str, Any]) -> str:
 
 
 def _unit(row: Mapping[str, Any], otherwise: str) -> str:
-    return "tokens" if "model_flop_utilization" in row else otherwise
+    return "tokens" if "validation_loss" in row else otherwise
 
 
 def readable_duration(seconds: float) -> str:

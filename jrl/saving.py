@@ -84,9 +84,10 @@ def check_finite(
     first = min((int(np.argmin(row)) for row in finite.values() if not row.all()), default=None)
     if first is None:
         return
-    # the loss, if it is among them: that is the name people look for
+    # what a text earned, of which the rest follows, or the loss: those are the names people look for
     names = sorted(
-        (name for name, row in finite.items() if not row[first]), key=lambda name: "loss" not in name
+        (name for name, row in finite.items() if not row[first]),
+        key=lambda name: (not name.startswith("score/"), name != "score", "loss" not in name),
     )
     row = values[names[0]][first]
     what = "nan" if np.isnan(row).any() else "infinite"
@@ -99,10 +100,12 @@ def check_finite(
         kept = "No checkpoint had been written yet."
     else:
         kept = f"The checkpoint at env step {saver.last_env_steps} is from before and intact."
+    advice = "Lower learning_rate or max_grad_norm, or scale the rewards."
+    if names[0].startswith("score"):
+        advice = "It is a reward of texts: make it finite for every text, the empty one and the longest too."
     raise NonFiniteError(
         f"{names[0]} is {what} at env step {env_steps[first]} ({', '.join(facts)}). Training stops at the "
-        "first value that is not finite, as all after it would be too. Lower learning_rate or max_grad_norm, "
-        f"or scale the rewards. {kept}"
+        f"first value that is not finite, as all after it would be too. {advice} {kept}"
     )
 
 

@@ -83,7 +83,7 @@ def test_every_field_is_a_flag_with_its_docstring_as_help(module, capsys):
 def test_flags_reach_the_config_and_the_hparams():
     args = ["--env", "X", "--num-envs", "3", "--hidden-sizes", "8", "9", "--no-clip-value", "--gamma", "0.5"]
     args += ["--env-param", "a=1", "--env-param", "b=2", "--env-kwarg", 'c={"d": 1}']
-    options, config, hparams = flags.parse("jrl train ppo", flags.Options, ppo, args)
+    options, _, config, hparams = flags.parse("jrl train ppo", flags.Options, ppo, args)
     assert options.env_param == ("a=1", "b=2")
     assert options == flags.Options(env="X", env_param=("a=1", "b=2"), env_kwarg=('c={"d": 1}',))
     assert ppo.Config(**config) == ppo.Config(num_envs=3, hidden_sizes=(8, 9), clip_value=False)

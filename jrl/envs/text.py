@@ -11,7 +11,7 @@ from jrl.types import Environment
 
 
 def _make(module: str, name: str, **kwargs: Any) -> Environment:
-    # By name: MovieBooking reads files, which only the outer ring does, and nothing here may depend on that ring.
+    # By name: some read files, which only the outer ring does, and nothing here may depend on that ring.
     return getattr(importlib.import_module(module), name)(**kwargs)
 
 
@@ -21,6 +21,7 @@ for _id, _module, _name in (
     ("Sorting-jrl", "jrl.language.tasks", "sorting"),
     ("Reversing-jrl", "jrl.language.tasks", "reversing"),
     ("NextWord-jrl", "jrl.language.tasks", "next_word"),
+    ("Text-jrl", "jrl.language.texts", "make"),
     ("MovieBooking-jrl", "jrl.language.booking", "movie_booking"),
 ):
     register(_id, functools.partial(_make, _module, _name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ import numpy as np
 from jrl.envs.build import from_functions
 from jrl.language import grammar as grammars
 from jrl.language.rewards import Score, Text
-from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, PyTree, TokenObservation
+from jrl.networks import transformer
+from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, Params, PyTree, TokenObservation
 
 AT_LIMIT = ("truncate", "terminate")
 
@@ -86,6 +87,34 @@ def shaped(reward: TokenReward, potential: Score, gamma: float) -> TokenReward:
     return TokenReward(lambda text: (reward.init(text), potential(text)), step)
 
 
+class Rating(NamedTuple):
+    """Scores of whole texts that a token environment adds up at their ends.
+
+    Their cost is that of whole texts. Kernels that see whole texts compute them once for each and not at every token.
+
+    Attributes:
+        scores: by name; each is reported as ``score/NAME``.
+        weights: of the sum, by the same names; 0 for a score that is reported only, as one whose gain is in the
+            reward of every token already.
+    """
+
+    scores: Mapping[str, Score]
+    weights: Mapping[str, float]
+
+    def __call__(self, text: Text) -> tuple[Array, dict[str, Array]]:
+        """Return the weighted sum ``[]``, and each score ``[]`` as it is reported."""
+        values = {name: jnp.asarray(score(text), jnp.float32) for name, score in self.scores.items()}
+        total = sum((self.weights[name] * value for name, value in values.items() if self.weights[name]), 0.0)
+        return jnp.asarray(total, jnp.float32), {f"score/{name}": value for name, value in values.items()}
+
+
+class Decoder(NamedTuple):
+    """A trained decoder whose tokens an environment's texts are made of."""
+
+    params: Params
+    config: transformer.Config
+
+
 class TokenParams(NamedTuple):
     """``missing_eos_reward``: float32, added where a text reaches the limit without having been ended."""
 
@@ -113,6 +142,9 @@ class TokenStep:
         prompts: as given, for solving and for held-out evaluation.
         start: ``prompt's number -> (env_state, obs)``.
         advance: ``(env_state, action, params) -> (env_state, obs, reward, terminated, truncated)``; never resets.
+        rating: of whole texts, which ``function`` and ``advance`` add at their ends; None where there is none.
+        unrated: the step without it, for kernels that rate whole texts themselves.
+        decoder: what ``model="pretrained"`` starts from, or None.
     """
 
     function: Callable[..., Any]
@@ -123,6 +155,9 @@ class TokenStep:
     prompts: Prompts
     start: Callable[..., tuple[TokenState, PyTree]]
     advance: Callable[..., tuple[TokenState, PyTree, Array, Array, Array]]
+    rating: Rating | None
+    unrated: Callable[..., Any]
+    decoder: Decoder | None
 
     def __call__(self, *args: Any) -> Any:
         """Step one environment."""
@@ -139,6 +174,8 @@ def token_mdp(
     at_limit: str = "truncate",
     missing_eos_reward: float = 0.0,
     grammar: grammars.Automaton | None = None,
+    rating: Rating | None = None,
+    decoder: Decoder | None = None,
     name: str = "TokenMDP",
 ) -> Environment:
     """Make an environment whose states are texts.
@@ -157,6 +194,8 @@ def token_mdp(
             task, as where an answer is due by then.
         missing_eos_reward: the default of ``params.missing_eos_reward`` (traced).
         grammar: of what is generated; tokens that cannot lead to one of its texts in time are masked.
+        rating: of whole texts, added to the reward of their last tokens.
+        decoder: a trained one over the same tokens.
         name: for messages and records.
 
     Raises:
@@ -203,7 +242,7 @@ def token_mdp(
     def reset(key: Key, params: TokenParams) -> tuple[TokenState, PyTree]:
         return start(jax.random.randint(key, (), 0, count))
 
-    def advance(state: TokenState, action: Array, params: TokenParams) -> tuple:
+    def step(state: TokenState, action: Array, params: TokenParams, rating: Rating | None) -> tuple:
         ended = jnp.bool_(False) if eos is None else action == eos
         before = state.text
         # A select, not a scatter: it fuses, and a batch of scatters does not.
@@ -212,6 +251,8 @@ def token_mdp(
         limit = text.length - text.prompt_length >= max_new_tokens
         carry, value, stop = reward.step(state.carry, text, ended | limit)
         terminated = ended | stop
+        if rating is not None:
+            value += jnp.where(terminated | limit, rating(text)[0], 0.0)
         value += jnp.where(limit & ~terminated, params.missing_eos_reward, 0.0)
         if at_limit == "terminate":
             terminated |= limit
@@ -219,16 +260,25 @@ def token_mdp(
         state = TokenState(text, carry, place)
         return state, observe(state), value, terminated, limit & ~terminated
 
-    def transition(key: Key, state: TokenState, action: Array, params: TokenParams) -> tuple:
-        return advance(state, action, params)
+    def environment(rating: Rating | None) -> Environment:
+        def transition(key: Key, state: TokenState, action: Array, params: TokenParams) -> tuple:
+            return step(state, action, params, rating)
 
-    env = from_functions(reset, transition, TokenParams(missing_eos_reward), Discrete(vocab_size), name)
+        return from_functions(reset, transition, TokenParams(missing_eos_reward), Discrete(vocab_size), name)
+
+    def advance(state: TokenState, action: Array, params: TokenParams) -> tuple:
+        return step(state, action, params, rating)
+
+    env = environment(rating)
+    unrated = env.step if rating is None else environment(None).step
     given = Prompts(tokens, lengths, prompts.reference)
-    step = TokenStep(env.step, vocab_size, eos, longest, max_new_tokens, given, start, advance)
+    known = TokenStep(
+        env.step, vocab_size, eos, longest, max_new_tokens, given, start, advance, rating, unrated, decoder
+    )
     observation: PyTree = TokenObservation(table.shape[1], vocab_size)
     if grammar is not None:
         observation = MaskedObservation(observation, env.observation.action_mask)
-    return env._replace(step=step, observation=observation)
+    return env._replace(step=known, observation=observation)
 
 
 def token_step(env: Environment, algorithm: str) -> TokenStep:

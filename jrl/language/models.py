@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jrl.language.environments import token_step
 from jrl.networks import transformer
 from jrl.types import Array, Environment, Key, MaskedObservation, Memory, Params, PyTree
 
-KINDS = ("mlp", "transformer")
+KINDS = ("mlp", "transformer", "pretrained")
 
 
 class Output(NamedTuple):
@@ -81,15 +81,63 @@ class ModelConfig(Protocol):
 def check(config: ModelConfig) -> None:
     """Raise ValueError for a model that does not exist; for ``Config.__post_init__``."""
     if config.model not in KINDS:
-        raise ValueError(f"model={config.model!r}: must be one of {', '.join(KINDS)}.")
+        raise ValueError(
+            f"model={config.model!r}: must be one of {', '.join(KINDS)}; a folder is named to the environment: "
+            "jrl.make('Text-jrl', model=FOLDER), or --model FOLDER on the command line."
+        )
 
 
 def of_config(env: Environment, config: ModelConfig, *, num_q: int = 0, dueling: bool = False) -> Model:
-    """Return the model that a Config describes, for the texts of ``env``."""
+    """Return the model that a Config describes, for the texts of ``env``.
+
+    The Q heads of a pretrained decoder start as its logits. Those of a softmax policy are action values up to a number
+    for each state (Schulman et al., 2017, arXiv:1704.06440), so that the first greedy policy is the decoder's own.
+
+    Raises:
+        ValueError: ``pretrained`` where the environment brings no decoder.
+    """
     if config.model == "mlp":
         return perceptron(env, config.hidden_sizes, num_q=num_q, dueling=dueling)
+    decoder = _decoder(env, config, num_q, dueling)
+    if config.model == "transformer":
+        return from_transformer(env, decoder)
+    params = token_step(env, "pretrained").decoder.params  # type: ignore[union-attr]
+    heads = transformer.init_heads(decoder)
+    if num_q:
+        kernel = params["embedding"].T if decoder.tied_embeddings else params["unembedding"]
+        heads["q"] = heads["q"] | {"kernel": jnp.broadcast_to(kernel, (num_q, *kernel.shape))}
+    return from_transformer(env, decoder, params | heads)
+
+
+def flops(
+    env: Environment, config: ModelConfig, *, num_q: int = 0, dueling: bool = False
+) -> tuple[float, float]:
+    """Return the operations of reading one more token, and those of reading a whole text forward.
+
+    Of matrix products, as utilisation is counted: of a decoder :func:`jrl.networks.transformer.flops_per_token`, of
+    perceptrons two a parameter and prefix. What an implementation computes again (prefixes read anew) is not counted.
+    """
+    spec = token_step(env, "flops")
+    if config.model == "mlp":
+        model = perceptron(env, config.hidden_sizes, num_q=num_q, dueling=dueling)
+        one = 2.0 * transformer.num_params(jax.eval_shape(model.init, jax.random.key(0)))
+        return one, one * (spec.max_new_tokens + 1)
+    longest = spec.max_prompt + spec.max_new_tokens
+    one = transformer.flops_per_token(_decoder(env, config, num_q, dueling), longest)
+    return one, one * longest
+
+
+def _decoder(env: Environment, config: ModelConfig, num_q: int, dueling: bool) -> transformer.Config:
     spec = token_step(env, "transformer")
-    decoder = transformer.Config(
+    heads: dict[str, Any] = {"value_head": True, "num_q_heads": num_q, "dueling": dueling}
+    if config.model == "pretrained":
+        if spec.decoder is None:
+            raise ValueError(
+                f"model='pretrained' on {env.name}, which brings no decoder: use Text-jrl with a model (--model "
+                "FOLDER), or model='transformer'."
+            )
+        return dataclasses.replace(spec.decoder.config, **heads)
+    return transformer.Config(
         vocab_size=spec.vocab_size,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -97,11 +145,8 @@ def of_config(env: Environment, config: ModelConfig, *, num_q: int = 0, dueling:
         width=config.width,
         mlp_width=4 * config.width,
         max_length=spec.max_prompt + spec.max_new_tokens,
-        value_head=True,
-        num_q_heads=num_q,
-        dueling=dueling,
+        **heads,
     )
-    return from_transformer(env, decoder)
 
 
 def perceptron(

@@ -129,6 +129,13 @@ def log_probs(model: NgramModel, tokens: Array) -> Array:
     return _log_probs(model, tokens, jnp.ones(tokens.shape, bool))
 
 
+def last_log_prob(model: NgramModel, tokens: Array, length: Array) -> Array:
+    """Return the log-probability of the last of the first ``length`` tokens ``[L]`` given those before it, ``[]``."""
+    context = len(model.orders)
+    index = length - 1 - context + jnp.arange(context + 1)
+    return _log_probs(model, tokens[jnp.maximum(index, 0)], index >= 0)[-1]
+
+
 def next_log_probs(model: NgramModel, tokens: Array, length: Array) -> Array:
     """Log-probabilities of every token that may follow the first ``length`` ones, in nats.
 

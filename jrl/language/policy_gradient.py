@@ -39,7 +39,7 @@ from jrl import ops, rollout
 from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.language import models, surrogates
-from jrl.language.environments import token_step
+from jrl.language.environments import Rating, token_step
 from jrl.language.rewards import Scorer, Text
 from jrl.optim import annealed_learning_rate, default_optimizer
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
@@ -66,7 +66,8 @@ class Config:
     cache: bool = False
     """Generate with the model's memory (a key/value cache) instead of reading every prefix anew."""
     model: str = "mlp"
-    """mlp (over the one-hot text) or transformer."""
+    """mlp (over the one-hot text), transformer, or pretrained: the decoder that the environment brings (on the command
+    line its folder)."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Widths of an mlp."""
     num_layers: int = 2
@@ -194,10 +195,10 @@ def make(
         raise ValueError(
             "cache=True with a model that has no memory: use model='transformer', or cache=False."
         )
-    choice = surrogates.VARIANTS[config.variant]
-    penalty = choice.penalty if config.penalty == "auto" else config.penalty
+    choice, penalty = surrogates.VARIANTS[config.variant], _penalty(config)
     num_texts, steps = config.num_prompts * config.group_size, spec.max_new_tokens
-    prompts, envs = vectorize(env, config.num_prompts), vectorize(env, num_texts)
+    # Whole texts are rated once, below, and not at every token.
+    prompts, envs = vectorize(env, config.num_prompts), vectorize(env._replace(step=spec.unrated), num_texts)
 
     act = models.actor(model, cache=config.cache)
 
@@ -249,9 +250,12 @@ def make(
         log_prob, value = transitions.extras
         reward, scorer_state = jnp.where(said, transitions.reward, 0.0), state.scorer
         report: Metrics = {}
+        if spec.rating:
+            reward, report = rate(spec.rating, text, reward, last)
+        report |= _episodes(reward, said, last)
         if scorer:
-            scorer_state, score, report = scorer.apply(state.scorer, text)
-            reward = jnp.where(last, reward + score, reward)
+            scorer_state, score, scores = scorer.apply(state.scorer, text)
+            reward, report = jnp.where(last, reward + score, reward), report | scores
         report |= {"score": reward.sum(0).mean()}
         reference_log_prob, kl = log_prob, jnp.zeros_like(log_prob)
         if penalty != "none":
@@ -280,11 +284,7 @@ def make(
         by_text = [jnp.swapaxes(x, 0, 1) for x in per_token]
         masks = () if allowed is None else jnp.swapaxes(allowed, 0, 1)
         report |= {"kl": kl.sum(0).mean()}
-        return (
-            Batch(tokens, before.prompt_length, masks, *by_text),
-            scorer_state,
-            report | _episodes(transitions, said),
-        )
+        return Batch(tokens, before.prompt_length, masks, *by_text), scorer_state, report
 
     def loss(params: Params, batch: Batch, kl_coef: Array, hparams: HParams) -> tuple[Array, Metrics]:
         output = model.text(params, batch.tokens, batch.prompt_length)
@@ -375,6 +375,20 @@ def make(
     return Algorithm(init, step, policy, num_texts * steps, env)
 
 
+def _penalty(config: Config) -> str:
+    return surrogates.VARIANTS[config.variant].penalty if config.penalty == "auto" else config.penalty
+
+
+def flops_per_env_step(env: Environment, config: Config) -> float:
+    """Return the operations of the model that each generated token takes: saying it, and learning from its text.
+
+    Its text is read by the reference, and ``num_epochs`` times forwards and backwards.
+    """
+    token, text = models.flops(env, config)
+    readings = 3 * config.num_epochs + (_penalty(config) != "none")
+    return token + readings * text / token_step(env, "policy_gradient").max_new_tokens
+
+
 def finished_texts(before: Text, transitions: Transition, last: Array, eos: int | None) -> Text:
     """Return the texts as they ended, leaves ``[N, ...]``; ``last`` is bool ``[T, N]``, true once for each."""
     index = jnp.argmax(last, axis=0)
@@ -384,7 +398,11 @@ def finished_texts(before: Text, transitions: Transition, last: Array, eos: int 
     return before._replace(tokens=texts, length=before.prompt_length + index + 1, finished=finished)
 
 
-def _episodes(transitions: Transition, said: Array) -> Metrics:
-    returns = jnp.cumsum(jnp.where(said, transitions.reward, 0.0), axis=0)
-    ended = said & (transitions.terminated | transitions.truncated)
-    return rollout.episode_metrics(ended, returns, jnp.cumsum(said, axis=0))
+def rate(rating: Rating, texts: Text, reward: Array, last: Array) -> tuple[Array, Metrics]:
+    """Add the rating of whole texts to the reward ``[T, N]`` of their last tokens; its scores are the metrics."""
+    total, scores = jax.vmap(rating.__call__)(texts)
+    return jnp.where(last, reward + total, reward), {name: value.mean() for name, value in scores.items()}
+
+
+def _episodes(reward: Array, said: Array, last: Array) -> Metrics:
+    return rollout.episode_metrics(last, jnp.cumsum(reward, axis=0), jnp.cumsum(said, axis=0))

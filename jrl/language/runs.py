@@ -25,6 +25,7 @@ from jrl.configuration import Setup
 from jrl.driver import RunResult, Task
 from jrl.interrupt import StopRequest, wait
 from jrl.language import data, distillation, generation, pretraining, tokenizers, weights
+from jrl.language.environments import token_step
 from jrl.language.pretraining import Corpus
 from jrl.language.tokenizers import Tokenizer
 from jrl.networks import transformer
@@ -391,6 +392,8 @@ def load(path: str | Path, tokenizer: str | Path | None = None) -> Model:
     if is_run(path):
         record = records.read_run(path)
         params, config = _restore(path, record), transformer.Config(**record["model"])
+    elif (path / records.RUN).exists():
+        params, config = _policy(path)
     else:
         params, config = weights.read(path)
     if tokenizer is None:
@@ -409,6 +412,21 @@ def load(path: str | Path, tokenizer: str | Path | None = None) -> Model:
             "another model."
         )
     return model
+
+
+def _policy(folder: Path) -> tuple[Params, transformer.Config]:
+    """Return the decoder of a run of ``grpo`` that started from one; its logits are the policy."""
+    record = records.read_run(folder)
+    name, config = record["algorithm"]["name"], record["config"] or {}
+    if name != "grpo" or config.get("model") != "pretrained":
+        raise ValueError(
+            f"{folder} is a run of {name} with model={config.get('model')!r}: only what grpo trained from a pretrained "
+            "model (--model FOLDER) is a model of texts. Its episodes: jrl eval."
+        )
+    run = driver.load(folder)
+    decoder = token_step(run.env, name).decoder
+    assert decoder is not None  # it was trained with one
+    return {part: run.state.params[part] for part in decoder.params}, decoder.config
 
 
 def _restore(folder: Path, record: Mapping[str, Any]) -> Params:
@@ -438,6 +456,29 @@ def _algorithm(
         return module.make(corpus, model, config, validation=validation, start=params)
     teacher = transformer.Config(**record["teacher"])
     return module.make(corpus, model, teacher, params, config, validation=validation)
+
+
+def text_task(setup: Setup) -> Task:
+    """Return what a run of ``grpo`` or ``token_dqn`` logs beside its metrics, and the tokenizer that its folder holds.
+
+    ``tokens_per_second`` counts the tokens of texts, ``env_steps_per_second`` also what slots say behind their ends.
+    """
+    spec = token_step(setup.env, setup.algorithm)
+    flops, peak = (
+        configuration.load(setup.algorithm).flops_per_env_step(setup.env, setup.config),
+        calibrate.peak(),
+    )
+
+    def prepare(folder: Path) -> None:
+        if setup.config.model == "pretrained":
+            tokenizers.write(load(setup.env_kwargs["model"]).tokenizer, folder)
+
+    def extra(row: dict[str, Any]) -> dict[str, Any]:
+        rate, length = row["env_steps_per_second"], row.get("episode_length")
+        said = rate if length is None else rate * length / spec.max_new_tokens
+        return {"tokens_per_second": round(said, 1), "model_flop_utilization": round(rate * flops / peak, 4)}
+
+    return Task(prepare, None, extra, {"flops_per_env_step": flops, "peak_flops_per_second": peak})
 
 
 def _build(

@@ -207,8 +207,17 @@ def questions(
     )
 
 
-def addition(digits: int = 2, split: str = "train", seed: int = 0) -> Environment:
+def addition(
+    digits: int = 2, split: str = "train", seed: int = 0, last_digit_first: bool = False
+) -> Environment:
     """Add two numbers, ``17+25=`` → ``42``: tokens 0 to 9, ``+`` (10), ``=`` (11) and the end (12).
+
+    Args:
+        digits: of each number.
+        split: as of :func:`questions`.
+        seed: of the split.
+        last_digit_first: the answer is said backwards, ``24``, as one adds on paper: a digit then follows from two
+            digits of the question and the last one said.
 
     Raises:
         ValueError: ``digits`` is not 1, 2 or 3.
@@ -224,7 +233,7 @@ def addition(digits: int = 2, split: str = "train", seed: int = 0) -> Environmen
         return [int(digit) for digit in f"{number:0{digits}d}"]
 
     asked = [[*spell(a), 10, *spell(b), 11] for a, b in pairs]
-    answers = [[int(digit) for digit in str(a + b)] for a, b in pairs]
+    answers = [[int(digit) for digit in str(a + b)][:: -1 if last_digit_first else 1] for a, b in pairs]
     return questions("Addition-jrl", asked, answers, vocab_size=13, eos=12, split=split, seed=seed)
 
 

@@ -29,8 +29,9 @@ from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.language import imitation, models
 from jrl.language.environments import token_step
+from jrl.language.policy_gradient import finished_texts, rate
 from jrl.optim import annealed_learning_rate, default_optimizer
-from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
+from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Config:
     warmup_texts: int = 512
     """Texts said at random before the first update, within init."""
     model: str = "mlp"
-    """mlp (over the one-hot text) or transformer."""
+    """mlp (over the one-hot text), transformer, or pretrained: the decoder that the environment brings (on the command
+    line its folder)."""
+    cache: bool = False
+    """Generate with the model's memory (a key/value cache) instead of reading every prefix anew."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Widths of an mlp."""
     num_layers: int = 2
@@ -105,6 +109,8 @@ class HParams:
     """Weight of CQL's term; 0.1 is usual with ilql, 0 with dqn's own texts."""
     advantage_weight: float = 4.0
     """ilql: w, of the advantages beside the logarithm of the cloned policy."""
+    q_scale: float = 0.1
+    """Pretrained: Q starts as the logits times this, the α of Q = α log π + V; of the size of the returns."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this global norm."""
     env: PyTree = None
@@ -170,9 +176,15 @@ def make(
     config = checks.config(config, Config)
     spec, ilql = token_step(env, "token_q"), config.variant == "ilql"
     num_q = 2 if ilql else 1
+    pretrained = model is None and config.model == "pretrained"
     model = models.of_config(env, config, num_q=num_q, dueling=config.dueling) if model is None else model
     steps, longest = spec.max_new_tokens, spec.max_prompt + spec.max_new_tokens
-    envs = vectorize(env, config.num_envs)
+    if config.cache and (model.start is None or model.read is None):
+        raise ValueError(
+            "cache=True with a model that has no memory: use model='transformer', or cache=False."
+        )
+    # Whole texts are rated once, below, and not at every token.
+    envs = vectorize(env._replace(step=spec.unrated), config.num_envs)
     if data is not None and (data.tokens.shape[1:] != (longest,) or data.reward.shape[1:] != (steps,)):
         raise ValueError(
             f"data with tokens {data.tokens.shape} and reward {data.reward.shape} on {env.name}: expected "
@@ -191,6 +203,15 @@ def make(
         score = scores(model.prefix(params, tokens), weight)
         return ops.epsilon_greedy(key, score, epsilon, mask), memory, {"q": score}
 
+    def speak(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
+        """Act as in training: with the cache, where there is one, and nothing to be recorded."""
+        if not config.cache:
+            return *act(acting, key, obs, memory)[:2], ()
+        params, epsilon, weight = acting
+        tokens, mask = models.tokens_of(obs)
+        output, memory = model.read(params, tokens, memory)  # type: ignore[misc]
+        return ops.epsilon_greedy(key, scores(output, weight), epsilon, mask), memory, ()
+
     def next_prompts(key: Key, hparams: HParams) -> rollout.RolloutState:
         return rollout.start(key, envs, env.params if hparams.env is None else hparams.env, config.num_envs)
 
@@ -199,17 +220,33 @@ def make(
     ) -> tuple[Experience, Metrics]:
         """Say one text in each environment."""
         params = env.params if hparams.env is None else hparams.env
-        _, transitions, _ = rollout.unroll(key, envs, params, Policy(act, acting), start, steps)
+        if config.cache:
+            memory = model.start(acting[0], models.tokens_of(start.obs)[0])  # type: ignore[misc]
+            start = start._replace(memory=memory)
+        behaviour = Policy(speak, acting, rollout.keep_memory)
+        _, transitions, _ = rollout.unroll(key, envs, params, behaviour, start, steps)
         ended = transitions.terminated | transitions.truncated
         said = jnp.cumsum(ended, axis=0) - ended == 0
-        returns = jnp.cumsum(jnp.where(said, transitions.reward, 0.0), axis=0)
-        metrics = rollout.episode_metrics(said & ended, returns, jnp.cumsum(said, axis=0))
-        return _experience(start, transitions, said & ended), metrics
+        last, reward = said & ended, jnp.where(said, transitions.reward, 0.0)
+        texts = finished_texts(start.env_state.text, transitions, last, spec.eos)
+        report: Metrics = {}
+        if spec.rating:
+            reward, report = rate(spec.rating, texts, reward, last)
+        report |= rollout.episode_metrics(last, jnp.cumsum(reward, axis=0), jnp.cumsum(said, axis=0))
+        masks = models.tokens_of(transitions.next_obs)[1]
+        allowed: Any = ()
+        if masks is not None:
+            allowed = jnp.swapaxes(jnp.concatenate([start.obs.action_mask[None], masks]), 0, 1)
+        by_text = (reward.T, transitions.terminated.T, transitions.truncated.T)
+        return Experience(texts.tokens, texts.prompt_length, *by_text, allowed), report
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         model_key, reset_key, warmup_key, state_key = jax.random.split(key, 4)
         params = model.init(model_key)
+        if pretrained:
+            kernel = params["q"]["kernel"] * hparams.q_scale
+            params = params | {"q": params["q"] | {"kernel": kernel}}
         start = next_prompts(reset_key, hparams)
         weight = jnp.asarray(hparams.advantage_weight, jnp.float32)
         replay: Any = data
@@ -345,6 +382,17 @@ def make(
     return Algorithm(init, step, policy, tokens_a_step, env)
 
 
+def flops_per_env_step(env: Environment, config: Config) -> float:
+    """Return the operations of the model that each generated token takes: saying it, and learning from texts.
+
+    Each gradient step reads its texts forwards and backwards, and by the target network.
+    """
+    num_q = 2 if config.variant == "ilql" else 1
+    token, text = models.flops(env, config, num_q=num_q, dueling=config.dueling)
+    read = 4 * text * config.num_updates * config.batch_size / config.num_envs
+    return token + read / token_step(env, "token_q").max_new_tokens
+
+
 def replayed(env: Environment, tokens: Array, prompt: Array) -> Experience:
     """Rate logged texts by playing them.
 
@@ -399,19 +447,6 @@ def replayed(env: Environment, tokens: Array, prompt: Array) -> Experience:
             f"replayed: text {wrong} does not begin with prompt {int(prompt[wrong])} of {env.name}."
         )
     return experience
-
-
-def _experience(start: rollout.RolloutState, transitions: Transition, last: Array) -> Experience:
-    index = jnp.argmax(last, axis=0)
-    texts, masks = models.tokens_of(transitions.next_obs)
-    tokens = jnp.take_along_axis(texts, index[None, :, None], axis=0)[0]
-    allowed: Any = ()
-    if masks is not None:
-        allowed = jnp.swapaxes(jnp.concatenate([start.obs.action_mask[None], masks]), 0, 1)
-    prompt_length, reward = start.env_state.text.prompt_length, transitions.reward.T
-    return Experience(
-        tokens, prompt_length, reward, transitions.terminated.T, transitions.truncated.T, allowed
-    )
 
 
 def _allowed(q: Array, batch: Experience) -> Array:

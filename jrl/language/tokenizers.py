@@ -442,3 +442,25 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     return record
+
+
+def pieces(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:
+    """Return the text that each token stands for within a text, "" for specials.
+
+    Bytes that are no UTF-8 by themselves are U+FFFD, words have a blank before them.
+
+    Args:
+        tokenizer: one of jrl's.
+        vocab_size: of a model with more tokens than its tokenizer names; those are "".
+    """
+    specials: Iterable[int]
+    if isinstance(tokenizer, BPE):
+        texts = [piece.decode("utf-8", "replace") for piece in tokenizer.pieces]
+        specials = tokenizer.specials.values()
+    elif isinstance(tokenizer, Word):
+        texts, specials = [f" {word}" for word in ("<unk>", *tokenizer.words)], ()
+    else:
+        texts, specials = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)], ()
+    for token in specials:
+        texts[token] = ""
+    return texts + [""] * ((vocab_size or tokenizer.vocab_size) - len(texts))

@@ -161,12 +161,9 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
     from jrl.sweep import processes
 
     module = configuration.load(algorithm)
-    options, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
+    options, env_kwargs, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
     if options.distributed:
         processes.initialize(options.coordinator, options.num_processes, options.process_id)
-    env_kwargs = {
-        name: flags.json_value(text) for name, text in flags.pairs(options.env_kwarg, "--env-kwarg").items()
-    }
     hparams = module.HParams(**numbers)
     if options.env_param:
         from jrl.envs import make

@@ -1,0 +1,149 @@
+"""``Text-jrl``: go on with prompts in the tokens of a trained model, rewarded by name.
+
+::
+
+    env = jrl.make("Text-jrl", model="runs/lm", reward=["lexicon:happy,sad=-1"], max_new_tokens=64)
+    algo = jrl.grpo.make(env, jrl.grpo.Config(model="pretrained", cache=True))
+
+What ``jrl train grpo --model runs/lm --reward …`` runs on. Any algorithm runs on it; with ``model="pretrained"`` the
+policy starts from the model, and the model is the reference that it is kept near.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import records
+from jrl.language import data, generation, named_rewards, runs, tokenizers
+from jrl.language.environments import Decoder, Prompts, token_mdp
+from jrl.language.runs import Model
+from jrl.networks import transformer
+from jrl.types import Array, Environment
+
+ID = "Text-jrl"
+
+
+def make(
+    model: str | None = None,
+    reward: str | Sequence[str] = "ngram:3",
+    prompts: str = "",
+    corpus: str = "",
+    prompt_length: int = 8,
+    num_prompts: int = 256,
+    max_new_tokens: int = 32,
+    end: str = "",
+    seed: int = 0,
+) -> Environment:
+    """Make the environment; files are read here.
+
+    Args:
+        model: folder of ``jrl pretrain``, of a run of ``grpo`` that started from one, folder in Hugging Face's layout,
+            or llama2.c's ``.bin``. None: the characters of the corpus, and no decoder.
+        reward: what texts earn, as :mod:`jrl.language.named_rewards` has it; several are added up.
+        prompts: a text file with a prompt a line, or ``corpus``: pieces of the corpus. By default what a model with a
+            start token starts from, and pieces of the corpus otherwise.
+        corpus: a text file, or ``builtin``; for prompts and n-grams. By default what the model was trained on.
+        prompt_length: tokens of a piece of the corpus.
+        num_prompts: pieces of the corpus, at random places.
+        max_new_tokens: a text is cut after as many.
+        end: what ends a text: one token of the model, such as ``.`` or a line's end. By default the model's end token,
+            if it has one.
+        seed: of the places.
+
+    Raises:
+        ValueError: a prompt that leaves no room in the context, something that the tokenizer cannot spell, a reward
+            that is none, a file that cannot be read.
+    """
+    read = None if model is None else runs.load(model)
+    name = corpus or (_corpus_of(Path(model)) if model else "") or data.BUILTIN
+    tokenizer = tokenizers.Char.of(data.read(name)) if read is None else read.tokenizer
+    vocab_size = tokenizer.vocab_size if read is None else read.config.vocab_size
+
+    @functools.cache  # most choices need no corpus
+    def tokens() -> np.ndarray:
+        return np.asarray(tokenizer.encode(data.read(name)), np.int64)
+
+    given = _prompts(prompts, tokenizer, tokens, prompt_length, num_prompts, seed)
+    if read is not None:
+        generation.check_lengths(read.config, int(given.tokens.shape[1]), max_new_tokens)
+    source = named_rewards.Source(
+        tokenizers.pieces(tokenizer, vocab_size),
+        max_new_tokens,
+        tokens,
+        None if read is None else _log_probs(read),
+    )
+    per_token, rating = named_rewards.build([reward] if isinstance(reward, str) else reward, source)
+    return token_mdp(
+        given,
+        per_token,
+        vocab_size=vocab_size,
+        max_new_tokens=max_new_tokens,
+        eos=_end(end, tokenizer),
+        at_limit="terminate",
+        rating=rating,
+        decoder=None if read is None else Decoder(read.params, read.config),
+        name=ID,
+    )
+
+
+def _corpus_of(folder: Path) -> str:
+    """Return what a model was trained on, "" where its folder does not say."""
+    if runs.is_run(folder):
+        return records.read_run(folder)["corpus"]["name"]
+    if not (folder / records.RUN).exists():
+        return ""
+    kwargs = records.read_run(folder)["environment"]["kwargs"]  # of Text-jrl
+    return kwargs.get("corpus") or _corpus_of(Path(kwargs["model"]))
+
+
+def _log_probs(model: Model) -> Callable[[Array], Array]:
+    def log_probs(tokens: Array) -> Array:
+        logits = transformer.forward(model.params, model.config, tokens[None]).logits[0, :-1]
+        said = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)[:, 0]
+        return jnp.concatenate([jnp.zeros(1), said])
+
+    return log_probs
+
+
+def _end(end: str, tokenizer: tokenizers.Tokenizer) -> int | None:
+    if not end:
+        return None if tokenizer.end_token < 0 else tokenizer.end_token
+    found = [token for token, piece in enumerate(tokenizers.pieces(tokenizer)) if piece == end]
+    if not found:
+        raise ValueError(f"end={end!r}: no token of the model is that; a text ends with one token.")
+    return found[0]
+
+
+def _prompts(
+    prompts: str,
+    tokenizer: tokenizers.Tokenizer,
+    corpus: Callable[[], np.ndarray],
+    length: int,
+    count: int,
+    seed: int,
+) -> Prompts:
+    start = [] if tokenizer.start_token < 0 else [tokenizer.start_token]
+    if prompts in ("", "corpus"):
+        if not prompts and start:
+            return Prompts(np.array([start]), np.ones(1, int))
+        tokens = corpus()
+        if not 1 <= length <= len(tokens) or count < 1:
+            raise ValueError(
+                f"prompt_length={length}, num_prompts={count}: both must be at least 1, and the corpus has "
+                f"{len(tokens)} tokens."
+            )
+        first = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, count)
+        pieces = tokens[first[:, None] + np.arange(length)]
+        pieces = np.concatenate([np.tile(np.array(start, np.int64), (count, 1)), pieces], axis=1)
+        return Prompts(pieces, np.full(count, pieces.shape[1]))
+    lines = [line for line in data.read(prompts).split("\n") if line.strip()]
+    encoded = [[*start, *tokenizer.encode(line)] for line in lines]
+    longest = max(map(len, encoded))
+    table = np.array([[*row, *[0] * (longest - len(row))] for row in encoded])
+    return Prompts(table, np.array([len(row) for row in encoded]))
