@@ -218,21 +218,22 @@ def make(
     checks.discrete(env, "dqn")
     envs = vectorize(env, config.num_envs)
     q_function = q_functions.make(env, config, network, "dqn")
-    draws = config.noisy or config.distribution == "implicit"  # then running the network takes a key
+    draws = config.noisy or config.distribution == "implicit"  # then running the network takes a draw
     block_steps = config.num_envs * config.unroll_length
     buffer = replay.prioritized if config.prioritized else replay.uniform
 
     def act(
-        acting: PyTree, key: Key, obs: PyTree, memory: Memory, noise_key: Key | None = None
+        acting: PyTree, key: Key, obs: PyTree, memory: Memory, drawn: q_functions.Drawn | None = None
     ) -> tuple[Array, Memory, PyTree]:
         params, support, epsilon = acting
-        q = q_function.mean(q_function.evaluate(params, obs, noise_key), obs, support)
+        q = q_function.mean(q_function.evaluate(params, obs, drawn), obs, support)
         mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
         return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
 
     def act_noisily(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         noise_key, key = jax.random.split(key)
-        return act(acting, key, obs, memory, noise_key)
+        (noise,) = q_function.draw(noise_key, acting[0], 1, ())
+        return act(acting, key, obs, memory, noise._replace(fraction=None))
 
     behave = act_noisily if config.noisy else act
 
@@ -287,17 +288,17 @@ def make(
             key=state_key,
         )
 
-    def targets(state: State, sample: replay.Sample, hparams: HParams, keys: Sequence[Key | None]) -> Array:
+    def targets(state: State, sample: replay.Sample, hparams: HParams, drawn: Sequence[Any]) -> Array:
         """``Σ_{j<k} γ^j r_j + γ^k (1 − terminated) max_a Q⁻(s_k, a)``, ``[N]``, or the distribution of such returns."""
         powers = hparams.gamma ** jnp.arange(config.n_step, dtype=jnp.float32)
         # Not a matrix product, which an accelerator may round to TF32.
         reward = (powers[:, None] * sample.rewards).sum(0)
         discount = hparams.gamma ** sample.length.astype(jnp.float32) * (1.0 - sample.terminated)
         head = q_function.head(state.support)
-        next_output = q_function.evaluate(state.target_params, sample.next_obs, keys[0])
+        next_output = q_function.evaluate(state.target_params, sample.next_obs, drawn[0])
         next_q = q_function.mean(next_output, sample.next_obs, state.support)
         if config.munchausen:
-            output = q_function.evaluate(state.target_params, sample.obs, keys[1])
+            output = q_function.evaluate(state.target_params, sample.obs, drawn[1])
             reward += ops.munchausen_bonus(
                 q_function.mean(output, sample.obs, state.support),
                 sample.action,
@@ -308,14 +309,14 @@ def make(
             return head.soft_target(reward, discount, next_output, next_q, hparams.munchausen_temperature)
         online_q = None
         if config.double:
-            output = q_function.evaluate(state.params, sample.next_obs, keys[1])
+            output = q_function.evaluate(state.params, sample.next_obs, drawn[1])
             online_q = q_function.mean(output, sample.next_obs, state.support)
         return head.target(reward, discount, next_output, next_q, online_q)
 
     def loss(
-        params: Params, sample: replay.Sample, target: Array, head: q_functions.QHead, key: Key | None
+        params: Params, sample: replay.Sample, target: Array, head: q_functions.QHead, drawn: Any
     ) -> tuple[Array, tuple[Array, Array]]:
-        output = q_function.evaluate(params, sample.obs, key)
+        output = q_function.evaluate(params, sample.obs, drawn)
         per_sample, error = head.loss(output, sample.action, target)
         return (sample.weight * per_sample).mean(), (error, head.mean(output))
 
@@ -323,9 +324,10 @@ def make(
         state: State, key: Key, hparams: HParams, env_steps: Array, learning_rate: Array
     ) -> tuple[State, Metrics]:
         """Take one gradient step on one batch from the replay."""
-        loss_key, *target_keys = [None] * 3
+        drawn: Sequence[Any] = [None] * 3
         if draws:
-            key, loss_key, *target_keys = jax.random.split(key, 4)
+            key, draw_key = jax.random.split(key)
+            drawn = q_function.draw(draw_key, state.params, 3, (config.batch_size,))
         if config.prioritized:
             beta = ops.linear_schedule(
                 env_steps,
@@ -343,7 +345,7 @@ def make(
             )
         head = q_function.head(state.support, hparams.huber_delta)
         (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, sample, targets(state, sample, hparams, target_keys), head, loss_key
+            state.params, sample, targets(state, sample, hparams, drawn[1:]), head, drawn[0]
         )
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         state = dataclasses.replace(

@@ -39,18 +39,27 @@ class QHead(NamedTuple):
     loss: Callable[..., tuple[Array, Array]]
 
 
+class Drawn(NamedTuple):
+    """What is random of one evaluation: factors of the noise, and fractions ``[N, K]``; None where there are none."""
+
+    noise: Array | None
+    fraction: Array | None
+
+
 class QFunction(NamedTuple):
     """A network as an action-value function.
 
     Attributes:
         init: ``(key, obs, noise_scale) -> params``.
-        evaluate: ``(params, obs, key=None) -> output``. The key draws the noise of noisy layers, and the fractions that
-            an implicit quantile network is asked for; without it there is no noise, and the fractions are fixed.
+        draw: ``(key, params, num, batch_shape) -> num draws``: the noise of noisy layers and the fractions that an
+            implicit quantile network is asked for, of so many evaluations at once.
+        evaluate: ``(params, obs, drawn=None) -> output``. Without a draw there is no noise, and fractions are fixed.
         mean: ``(output, obs, support) -> q [..., A]``, disallowed actions masked.
         head: ``(support, huber_delta=1.0) -> QHead``; the support ``[K]`` is read by a categorical one only.
     """
 
     init: Callable[..., Params]
+    draw: Callable[..., list[Drawn]]
     evaluate: Callable[..., Any]
     mean: Callable[..., Array]
     head: Callable[..., QHead]
@@ -98,23 +107,33 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
     )
     rank = len(jax.tree.leaves(spec)[0].shape)
 
-    def query(key: Key | None, obs: PyTree) -> QuantileQuery:
+    def query(obs: PyTree, fraction: Array | None = None) -> QuantileQuery:
         leaf = jax.tree.leaves(obs)[0]
         shape = (*leaf.shape[: leaf.ndim - rank], config.num_atoms)
-        drawn = jnp.broadcast_to(midpoints, shape) if key is None else jax.random.uniform(key, shape)
-        return QuantileQuery(obs, drawn)
+        return QuantileQuery(obs, jnp.broadcast_to(midpoints, shape) if fraction is None else fraction)
 
     def init(key: Key, obs: PyTree, noise_scale: Array | float) -> Params:
         obs = plain(obs)
-        params = network.init(key, query(None, obs) if implicit else obs, ())
+        params = network.init(key, query(obs) if implicit else obs, ())
         return networks.noisy.init(params, noise_scale) if config.noisy else params
 
-    def evaluate(params: Params, obs: PyTree, key: Key | None = None) -> Any:
-        noise_key, fraction_key = (None, None) if key is None else jax.random.split(key)
+    def draw(key: Key, params: Params, num: int, batch_shape: tuple[int, ...]) -> list[Drawn]:
+        noise_key = fraction_key = key
+        if config.noisy and implicit:
+            noise_key, fraction_key = jax.random.split(key)
+        noise = fraction = [None] * num
         if config.noisy:
-            params = params.mean if noise_key is None else networks.noisy.draw(noise_key, params)
+            noise = list(networks.noisy.draw(noise_key, params, (num,)))
         if implicit:
-            asked = query(fraction_key, plain(obs))
+            fraction = list(jax.random.uniform(fraction_key, (num, *batch_shape, config.num_atoms)))
+        return [Drawn(*one) for one in zip(noise, fraction, strict=True)]
+
+    def evaluate(params: Params, obs: PyTree, drawn: Drawn | None = None) -> Any:
+        noise, fraction = (None, None) if drawn is None else drawn
+        if config.noisy:
+            params = params.mean if noise is None else networks.noisy.perturb(params, noise)
+        if implicit:
+            asked = query(plain(obs), fraction)
             return Quantiles(network.apply(params, asked, ())[0], asked.fraction)
         output = network.apply(params, plain(obs), ())[0]
         if config.distribution != "quantile":
@@ -133,7 +152,7 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
                 return categorical(support)
         return quantile(huber_delta)
 
-    return QFunction(init, evaluate, mean, head)
+    return QFunction(init, draw, evaluate, mean, head)
 
 
 def plain(obs: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks.mlp import Dense, batch_first
+from jrl.networks.mlp import Dense, batch_first, batch_first_both_ways
 from jrl.ops import distributions
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
@@ -87,12 +87,15 @@ class QNetwork(nn.Module):
             if self.dueling:
                 q = linear(1) + q - q.mean(0 if features_first else -1, keepdims=True)
             return _batch_first(q, features_first)
-        q = _batch_first(linear(self.num_actions * self.num_atoms), features_first)
-        q = q.reshape(*q.shape[:-1], self.num_actions, self.num_atoms)
+        q = linear(self.num_actions * self.num_atoms)
+        shape = (self.num_actions, self.num_atoms)
+        q = q.reshape(*shape, -1) if features_first else q.reshape(*q.shape[:-1], *shape)
         if self.dueling:
-            value = _batch_first(linear(self.num_atoms), features_first)
-            q = value[..., None, :] + q - q.mean(-2, keepdims=True)
-        return q
+            value, axis = linear(self.num_atoms), 0 if features_first else -2
+            q = jnp.expand_dims(value, axis) + q - q.mean(axis, keepdims=True)
+        if not features_first:
+            return q
+        return batch_first_both_ways(q.reshape(-1, q.shape[-1])).reshape(-1, *shape)
 
 
 class ImplicitQNetwork(nn.Module):

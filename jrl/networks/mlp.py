@@ -44,6 +44,18 @@ def batch_first(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.T)
 
 
+@jax.custom_vjp
+def batch_first_both_ways(x: jax.Array) -> jax.Array:
+    """Return ``[N, F]`` of ``x [F, N]``, whose gradient is transposed behind a barrier too.
+
+    For many features: the products of the layer before it then get the gradient features first.
+    """
+    return batch_first(x)
+
+
+batch_first_both_ways.defvjp(lambda x: (batch_first(x), None), lambda _, grad: (batch_first(grad),))
+
+
 class MLP(nn.Module):
     """``x ↦ act(W_k … act(W_1 x + b_1) …)``: ``[..., F] -> [..., hidden_sizes[-1]]``.
 

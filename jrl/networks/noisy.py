@@ -54,18 +54,25 @@ def init(params: Params, scale: Array | float = 0.5) -> NoisyParams:
     return NoisyParams(params, sigma)
 
 
-def draw(key: Key, params: NoisyParams) -> Params:
-    """Return parameters with fresh noise, for the network's own ``apply``."""
+def draw(key: Key, params: NoisyParams, batch_shape: tuple[int, ...] = ()) -> Array:
+    """Draw the factors ``f(ε)`` of all layers, float32 ``[*batch_shape, F_1 + K_1 + F_2 + …]``, for :func:`perturb`.
+
+    One draw for all layers, and for all the times that a step needs: each costs more than its numbers.
+    """
+    size = sum(size for layer in params.scale.values() for size in layer["kernel"].shape)
+    noise = jax.random.normal(key, (*batch_shape, size))
+    # sign(x) sqrt(|x|), by a division: XLA computes it once, where it would repeat what is cheaper for every weight.
+    return noise / jnp.sqrt(jnp.maximum(jnp.abs(noise), jnp.finfo(noise.dtype).tiny))
+
+
+def perturb(params: NoisyParams, noise: Array) -> Params:
+    """Return parameters with one draw's noise ``[F_1 + K_1 + …]``, for the network's own ``apply``."""
     sizes = [size for layer in params.scale.values() for size in layer["kernel"].shape]
-    # One draw for all layers: a key and a program each would cost more than the numbers.
-    noise = jax.random.normal(key, (sum(sizes),))
-    # Behind a barrier: the factors once, not again for every weight that they are fused into.
-    noise = jax.lax.optimization_barrier(jnp.sign(noise) * jnp.sqrt(jnp.abs(noise)))
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     parts = jnp.split(noise, ends[:-1])
     inputs, outputs = (dict(zip(params.scale, parts[i::2], strict=True)) for i in (0, 1))
 
-    def perturb(path: PyTree, mean: Array) -> Array:
+    def moved(path: PyTree, mean: Array) -> Array:
         layer = _layer(path)
         if layer not in params.scale:
             return mean
@@ -74,7 +81,7 @@ def draw(key: Key, params: NoisyParams) -> Params:
             noise = inputs[layer][:, None] * noise[None, :]
         return mean + params.scale[layer][_name(path)] * noise
 
-    return jax.tree_util.tree_map_with_path(perturb, params.mean)
+    return jax.tree_util.tree_map_with_path(moved, params.mean)
 
 
 def _layer(path: PyTree) -> str:

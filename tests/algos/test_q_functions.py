@@ -94,9 +94,12 @@ def test_an_implicit_network_is_asked_for_the_fractions_it_is_given():
     params = q_function.init(jax.random.key(0), obs, 0.5)
     fixed = q_function.evaluate(params, obs)
     np.testing.assert_allclose(q_function.mean(fixed, obs, None), [[1.0, 0.5]] * 3, rtol=1e-5)
-    drawn = q_function.evaluate(params, obs, jax.random.key(1))
-    np.testing.assert_allclose(drawn.value[:, 0], 2 * drawn.fraction, rtol=1e-6)
-    assert len(np.unique(drawn.fraction)) == 3 * 64
+    two = [
+        q_function.evaluate(params, obs, one) for one in q_function.draw(jax.random.key(1), params, 2, (3,))
+    ]
+    for drawn in two:
+        np.testing.assert_allclose(drawn.value[:, 0], 2 * drawn.fraction, rtol=1e-6)
+    assert len(np.unique([drawn.fraction for drawn in two])) == 2 * 3 * 64
 
 
 def test_what_is_refused():

@@ -14,7 +14,8 @@ LAYER = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}
 
 
 def draws(params, count):
-    return jax.vmap(lambda key: networks.noisy.draw(key, params))(jax.random.split(jax.random.key(0), count))
+    noise = networks.noisy.draw(jax.random.key(0), params, (count,))
+    return jax.vmap(lambda noise: networks.noisy.perturb(params, noise))(noise)
 
 
 def test_noise_is_factorised_of_the_right_scale_and_centred_on_the_means():
@@ -34,15 +35,16 @@ def test_noise_is_factorised_of_the_right_scale_and_centred_on_the_means():
 
 
 def test_gradients_of_scale_and_mean_are_those_of_the_reparametrisation():
-    params, key = networks.noisy.init({"a": LAYER}, 0.3), jax.random.key(1)
+    params = networks.noisy.init({"a": LAYER}, 0.3)
+    drawn = networks.noisy.draw(jax.random.key(1), params)
     x = jnp.asarray([1.0, -2.0, 0.5])
 
     def output(params):
-        layer = networks.noisy.draw(key, params)["a"]
+        layer = networks.noisy.perturb(params, drawn)["a"]
         return (x @ layer["kernel"] + layer["bias"]).sum()
 
     grad = jax.grad(output)(params)
-    noise = networks.noisy.draw(key, params)["a"]["kernel"] - LAYER["kernel"]
+    noise = networks.noisy.perturb(params, drawn)["a"]["kernel"] - LAYER["kernel"]
     np.testing.assert_allclose(grad.mean["a"]["kernel"], jnp.broadcast_to(x[:, None], (3, 2)))
     np.testing.assert_allclose(grad.scale["a"]["kernel"], x[:, None] * noise / (0.3 / np.sqrt(3)), rtol=1e-4)
 
