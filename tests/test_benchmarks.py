@@ -24,6 +24,7 @@ import peers  # noqa: E402
 import search  # noqa: E402
 import tabular  # noqa: E402
 import throughput  # noqa: E402
+import token_envs  # noqa: E402
 from peers import ours, protocol, purejaxrl  # noqa: E402
 
 TOY_DQN = throughput.Work(
@@ -173,6 +174,21 @@ def test_a_search_is_judged_by_the_grid(tmp_path):
     work = {"algo": "ranked", "env": "fake", "env_steps": 8 * 60}
     search.draw({"work": work, **record}, tmp_path / "search.png")
     assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_texts_side_by_side_are_written_and_learned_from():
+    work = token_envs.Texts(num_envs=(16,), tokens=3, vocab_size=16, num_layers=1, width=16)
+    record = token_envs.measure(work, repeats=2)
+    write, learn = record["rows"]
+    assert (write["side"], learn["side"]) == token_envs.SIDES
+    assert write["tokens"] == learn["tokens"] == 48
+    for row in (write, learn):
+        assert row["tokens_per_second"]["median"] > 0
+        assert len(row["repeats"]) == 2
+    (axes,) = token_envs.plot(record).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["16"]
+    assert axes.containers[0].lines[0].get_ydata() == [write["tokens_per_cpu_second"]["median"]]
+    json.dumps(record, allow_nan=False)
 
 
 def run_script(*arguments, tmp_path):
