@@ -14,7 +14,12 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NOTEBOOKS = {"01_quickstart.ipynb": 4, "02_embed_a_kernel.ipynb": 4, "03_sweeps.ipynb": 4}
+NOTEBOOKS = {
+    "01_quickstart.ipynb": 4,
+    "02_embed_a_kernel.ipynb": 4,
+    "03_sweeps.ipynb": 4,
+    "04_text_by_rl.ipynb": 3,
+}
 """Name -> number of figures."""
 MAX_BYTES = 600_000
 
