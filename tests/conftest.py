@@ -51,10 +51,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Forget compiled programs between scopes once there are many of them."""
+    """Between scopes: forget compiled programs once there are many, hide what remains from the collector."""
     if nextitem is not None and scope(item.nodeid) == scope(nextitem.nodeid):
         return
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
+    # Every collection, and every look for leaked tracers, goes through all that a worker holds, but for these.
+    gc.freeze()
