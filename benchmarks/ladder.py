@@ -379,10 +379,10 @@ ROWS = {
         "dqn_to_ppo >= 0.95; gain >= 0.3",
         lambda r: r["dqn_to_ppo"] >= 0.95 and r["gain"] >= 0.3,
     ),
-    "level10-light": Row(level10("TrafficLight-jrl", 20), "optimal = 1; agreement >= 0.95", in_words),
-    "level10-grid": Row(level10("GridWorld-jrl", 40), "optimal = 1; agreement >= 0.95", in_words),
     "level6-phonemes": Row(phonemes, "error_removed > 0", lambda r: r["error_removed"] > 0),
     "level7": Row(level7, **at_least("success", 0.9)),
+    "level10-light": Row(level10("TrafficLight-jrl", 20), "optimal = 1; agreement >= 0.95", in_words),
+    "level10-grid": Row(level10("GridWorld-jrl", 40), "optimal = 1; agreement >= 0.95", in_words),
     "bleu": Row(bleu, **at_least("sentences_per_second_4", 50_000)),
 }  # fmt: skip
 
