@@ -72,11 +72,11 @@ def test_sinusoids_are_fitted_in_one_step_after_meta_learning_but_not_after_pret
     test_tasks = meta_learning.sinusoids(jax.random.key(1), 500)
     errors = {}
     for num_steps in (1, 0):
-        params = meta_learning.train_sinusoids(jax.random.key(0), num_steps=num_steps, updates=1_500)
+        params = meta_learning.train_sinusoids(jax.random.key(0), num_steps=num_steps, updates=2_500)
         errors[num_steps] = meta_learning.errors(params, test_tasks, (0, 1))
     untrained, after = errors[1]
-    assert after < 0.6 * untrained
-    assert after < 0.6 * min(errors[0])
+    assert after < 0.5 * untrained
+    assert after < 0.5 * min(errors[0])
 
 
 def test_a_policy_learns_to_learn_where_the_goal_is():

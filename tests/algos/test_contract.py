@@ -159,7 +159,7 @@ def test_members_side_by_side_on_eight_devices_equal_the_same_runs_alone(kernel)
         assert_close(member, (alone.params, alone_metrics), rtol=2e-3)
 
 
-@one_case_of_each
+@every_case
 def test_jitted_equals_not_jitted(kernel):
     # Op by op, outside of one fused program.
     eager = kernel.algo.step(kernel.start, kernel.hparams)
