@@ -143,7 +143,11 @@ def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> di
 
 
 def read_summary(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return ``summary.json``, or None where there is none yet."""
+    """Return ``summary.json``, or None where there is none yet.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
     path = Path(folder) / SUMMARY
     try:
         return json.loads(path.read_bytes())
@@ -263,7 +267,11 @@ def create(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed)."""
+    """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed).
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
     try:
         for name in (RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)

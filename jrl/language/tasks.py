@@ -120,6 +120,9 @@ def random_walks(
         max_nodes: the worst walk.
         edge_probability: of each ordered pair of nodes.
         seed: of the graph.
+
+    Raises:
+        ValueError: ``max_nodes`` is not more than the longest of the shortest walks.
     """
     edges = walk_graph(nodes, edge_probability, seed)
     shortest = shortest_walks(edges)
@@ -340,7 +343,11 @@ def next_word_vocabulary(
 
 
 def corpus_words(text: str | None = None) -> list[str]:
-    """Return the words of a text in lower case, full stops among them."""
+    """Return the words of a text in lower case, full stops among them.
+
+    Raises:
+        ValueError: there are none.
+    """
     if text is None:
         from pydoc_data import topics
 

@@ -355,7 +355,11 @@ def _table(
 
 
 def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what :func:`from_json` reads."""
+    """Return what :func:`from_json` reads.
+
+    Raises:
+        TypeError: it is none of this module's tokenizers.
+    """
     kind = type(tokenizer).__name__
     if not isinstance(tokenizer, Char | Byte | Word | BPE):
         raise TypeError(f"{kind} is none of jrl's tokenizers: Char, Byte, Word or BPE.")

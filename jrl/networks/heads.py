@@ -170,6 +170,9 @@ def distribution(action: ActionSpace) -> Callable[[Any], Any]:
 
     Categorical for Discrete, independent categoricals for MultiDiscrete, a diagonal normal for Box (whose
     samples the caller clips to the bounds on their way to the environment).
+
+    Raises:
+        TypeError: ``action`` is another space.
     """
     match action:
         case Discrete():

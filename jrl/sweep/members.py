@@ -201,7 +201,11 @@ def _values(name: str, value: Any, leaves: Mapping[str, np.ndarray], hparams: An
 
 
 def check_name(name: str, leaves: Mapping[str, np.ndarray], hparams: Any) -> None:
-    """Refuse a name that is not one of the ``leaves`` of one member, or not a single number."""
+    """Refuse a name that is not one of the ``leaves`` of one member, or not a single number.
+
+    Raises:
+        ValueError: there is no such leaf, it is a static choice, or it is an array.
+    """
     if name in leaves:
         if leaves[name].ndim:
             raise ValueError(
