@@ -45,7 +45,7 @@ SINUSOID = {
     "tasks": 200_000,
 }
 NAVIGATION = {"learning_rate": 1e-2, "inner_learning_rate": 0.1}
-STEP_SIZES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+STEP_SIZES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 SINUSOID_BARS = ((1, 0.5), (10, 0.2))  # steps, error after them at most
 
 

@@ -58,8 +58,7 @@ def test_meta_learning_reached_its_bars():
     assert all((error[:, record["steps"].index(k)] <= bar).all() for k, bar in meta_learning.SINUSOID_BARS)
     record = json.loads((folder / "meta-navigation.json").read_text())
     returns = meta_learning.scores(record)
-    assert (returns["maml"][:, 1] > returns["pretrained"][:, 1]).all()  # seed by seed
-    assert (returns["maml"].mean(0)[1:] > returns["pretrained"].mean(0)[1:]).all()
+    assert (returns["maml"][:, 1:] > returns["pretrained"][:, 1:]).all()  # after every step, seed by seed
 
 
 def test_interquartile_mean():
