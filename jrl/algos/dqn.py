@@ -183,7 +183,7 @@ class State:
     opt_state: PyTree
     rollout: rollout.RolloutState
     replay: PyTree
-    support: Array  # returns of a categorical distribution's atoms, float32 [num_atoms]; else [0]
+    support: PyTree  # returns of a categorical distribution's atoms, float32 [num_atoms]; else ()
     since_target: Array
     env_steps: Array
     key: Key
@@ -258,7 +258,7 @@ def make(
         held = (jnp.zeros(batch_shape, jnp.int32) for _ in ops.HeldAction._fields)
         return ops.HeldAction(*held) if config.persistent else ()
 
-    def explorer(params: Params, support: Array, epsilon: Array, hparams: HParams) -> Policy:
+    def explorer(params: Params, support: PyTree, epsilon: Array, hparams: HParams) -> Policy:
         return Policy(explore, ((params, support, epsilon), hparams.persistence), init_memory)
 
     def init(key: Key, hparams: HParams) -> State:
@@ -268,7 +268,7 @@ def make(
         memory = init_memory((config.num_envs,))
         start = rollout.start(reset_key, envs, env_params, config.num_envs, memory)
         params = q_function.init(network_key, start.obs, hparams.noise_scale)
-        support = jnp.zeros((0,))
+        support: PyTree = ()
         if config.distribution == "categorical":
             support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
         filling = explorer(params, support, jnp.float32(1.0), hparams)

@@ -55,7 +55,7 @@ class QFunction(NamedTuple):
             implicit quantile network is asked for, of so many evaluations at once.
         evaluate: ``(params, obs, drawn=None) -> output``. Without a draw there is no noise, and fractions are fixed.
         mean: ``(output, obs, support) -> q [..., A]``, disallowed actions masked.
-        head: ``(support, huber_delta=1.0) -> QHead``; the support ``[K]`` is read by a categorical one only.
+        head: ``(support, huber_delta=1.0) -> QHead``; the support ``[K]`` is a categorical one's, else ``()``.
     """
 
     init: Callable[..., Params]
@@ -140,11 +140,11 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
             return output
         return Quantiles(output, jnp.broadcast_to(midpoints, (*output.shape[:-2], config.num_atoms)))
 
-    def mean(output: Any, obs: PyTree, support: Array) -> Array:
+    def mean(output: Any, obs: PyTree, support: PyTree) -> Array:
         q = head(support).mean(output)
         return ops.masked(q, obs.action_mask) if isinstance(obs, MaskedObservation) else q
 
-    def head(support: Array, huber_delta: Array | float = 1.0) -> QHead:
+    def head(support: PyTree, huber_delta: Array | float = 1.0) -> QHead:
         match config.distribution:
             case "none":
                 return expected(huber_delta if config.huber else None)

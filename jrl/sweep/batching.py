@@ -99,10 +99,34 @@ def update_members(
             return _put(states, index, new), _put(outs, index, out)
 
         last = num // size if num_groups is None else num_groups
-        states, outs = jax.lax.fori_loop(0, last, body, (states, outs))
+        states, outs = loop(0, last, body, (states, outs))
         return merge_groups(states, size), merge_groups(outs, size)
 
     return mapped
+
+
+def loop(
+    start: Array | int, stop: Array | int, body: Callable[[Array, PyTree], PyTree], carry: PyTree
+) -> PyTree:
+    """``jax.lax.fori_loop``, which carries no array without elements.
+
+    Within ``shard_map`` the compiler of jaxlib 0.11 crashes on a loop that does.
+    """
+    leaves, structure = jax.tree.flatten(carry)
+
+    def full(leaves: list[Array]) -> list[Array]:
+        return [leaf for leaf in leaves if leaf.size]
+
+    def restored(kept: list[Array]) -> PyTree:
+        rest = iter(kept)
+        # made anew: one from outside would be carried too
+        whole = [next(rest) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+        return jax.tree.unflatten(structure, whole)
+
+    kept = jax.lax.fori_loop(
+        start, stop, lambda index, kept: full(jax.tree.leaves(body(index, restored(kept)))), full(leaves)
+    )
+    return restored(kept)
 
 
 def split_groups(tree: PyTree, num: int, width: int) -> PyTree:

@@ -165,7 +165,7 @@ def _advance_member(
         state, metrics = algo.step(state, hparams)
         return state, {name: rows[name].at[index].set(metrics[name]) for name in rows}
 
-    state, rows = jax.lax.fori_loop(0, num_steps, body, (before, rows))
+    state, rows = batching.loop(0, num_steps, body, (before, rows))
 
     finite = jnp.stack([jnp.isfinite(row) for row in rows.values()]).all(0)
     at = jnp.argmin(finite)  # 0 where all are
