@@ -145,8 +145,10 @@ def successor_values(
     known = jnp.where(transitions.terminated[:-1], 0.0, value[1:])
     known = jnp.concatenate([known, jnp.zeros_like(value[:1])]).reshape(-1)
     successors = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), successors)
-    index = jnp.nonzero(unknown, size=size, fill_value=size)[0]
-    count = unknown.sum()
+    ranks = jnp.cumsum(unknown)
+    # The unknown ones in a row; as jnp.nonzero does, with one cumulative sum where that needs two.
+    index = jnp.full(size, size).at[jnp.where(unknown, ranks - 1, size)].set(jnp.arange(size), mode="drop")
+    count = ranks[-1]
 
     def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         done, values = carry

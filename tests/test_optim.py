@@ -16,7 +16,8 @@ def test_the_gradient_is_clipped_by_the_norm_over_all_leaves():
     def seen(max_grad_norm):
         optimizer = optim.adam(1e-3, max_grad_norm=max_grad_norm)
         _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
-        return jax.tree.map(lambda m: m / 0.1, optax.tree.get(state, "mu"))
+        unravel = jax.flatten_util.ravel_pytree(PARAMS)[1]
+        return jax.tree.map(lambda m: m / 0.1, unravel(optax.tree.get(state, "mu")))
 
     clipped, whole = seen(0.5), seen(50.0)
     np.testing.assert_allclose(clipped["policy"], [0.3, 0.0], rtol=1e-5)
@@ -54,6 +55,33 @@ def test_traced_numbers_do_not_retrace_and_give_what_constants_give():
 def test_the_state_does_not_depend_on_the_numbers():
     states = [optim.adam(lr, max_grad_norm=norm).init(PARAMS) for lr, norm in ((0.1, 1.0), (9.0, 7.0))]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_one_vector_gives_what_a_tree_gives(monkeypatch):
+    def steps():
+        optimizer = optim.adam(0.1, max_grad_norm=1.0)
+        params, state = PARAMS, optimizer.init(PARAMS)
+        for scale in (1.0, -0.3, 0.01):
+            updates, state = optimizer.update(
+                jax.tree.map(lambda g, scale=scale: scale * g, GRADS), state, params
+            )
+            params = optax.apply_updates(params, updates)
+        return params, optim.global_norm(GRADS), state
+
+    joined, norm, state = steps()
+    assert optax.tree.get(state, "mu").shape == (4,)
+    monkeypatch.setattr(optim, "FLAT_UP_TO", 3)  # as for a large model
+    leaf_by_leaf, expected_norm, state = steps()
+    assert jax.tree.structure(optax.tree.get(state, "mu")) == jax.tree.structure(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), joined, leaf_by_leaf)
+    np.testing.assert_allclose([norm, expected_norm], 5.0, rtol=1e-6)
+
+
+def test_parameters_of_two_precisions_keep_them():
+    params = {"low": jnp.ones(3, jnp.bfloat16), "high": jnp.ones(2)}
+    optimizer = optim.adam(0.1, max_grad_norm=1.0)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert (updates["low"].dtype, updates["high"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
 @pytest.mark.parametrize("module", [ppo, dqn])

@@ -19,7 +19,7 @@ from flax import struct
 from jrl import networks, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
@@ -201,7 +201,7 @@ def make(
         def update(carry: tuple[Params, PyTree], _: None) -> tuple[tuple[Params, PyTree], Metrics]:
             params, opt_state = carry
             grads, metrics = jax.grad(loss, has_aux=True)(params, transitions, hparams)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads)
             updates, opt_state = gradient_step(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 

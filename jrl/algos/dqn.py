@@ -29,7 +29,7 @@ from jrl import ops, replay, rollout
 from jrl.algos import checks, off_policy, q_functions
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -366,7 +366,7 @@ def make(
             "loss": loss_value,
             "td_error": jnp.abs(td_error).mean(),
             "q": q.max(-1).mean(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": global_norm(grads),
         }
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:

@@ -26,7 +26,7 @@ from flax import struct
 from jrl import meta, networks, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.training import summarize
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
@@ -206,7 +206,7 @@ def make(
         return state, summarize(after) | {
             "initial_episode_return": summarize(before)["episode_return"],
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": global_norm(grads),
             "learning_rate": learning_rate,
         }
 

@@ -24,7 +24,7 @@ from flax import struct
 from jrl import networks, normalize, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -313,9 +313,7 @@ def make(
         def part(leaf: Array, index: Array) -> Array:
             return leaf[:, index] if with_memory else leaf[index]
 
-        shuffles = jax.vmap(lambda key: ops.shuffled_indices(key, size))(
-            jax.random.split(key, config.num_epochs)
-        )
+        shuffles = ops.shuffled_indices(key, size, config.num_epochs)
         shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
         advantages = None
         if standardize_before:
@@ -330,7 +328,7 @@ def make(
             if standardize_before:
                 minibatch = minibatch._replace(advantage=advantage)
             grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch, kl_coef, hparams))
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads)
             updates, new_opt_state = gradient_step(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
             if config.stop_at_target_kl:

@@ -21,7 +21,7 @@ from jrl import networks, ops, rollout
 from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -196,9 +196,7 @@ def make(
     ) -> tuple[State, Metrics]:
         """Take num_epochs × num_minibatches gradient steps on ``batch``."""
         gradient_step = optimizer(hparams, learning_rate).update
-        shuffles = jax.vmap(lambda key: ops.shuffled_indices(key, env_steps_per_step))(
-            jax.random.split(key, config.num_epochs)
-        )
+        shuffles = ops.shuffled_indices(key, env_steps_per_step, config.num_epochs)
 
         def minibatch_step(carry: tuple[Params, PyTree], index: Array) -> tuple[tuple, Metrics]:
             params, opt_state = carry
@@ -209,7 +207,7 @@ def make(
                 "loss": loss_value,
                 "td_error": jnp.abs(td_error).mean(),
                 "q": q.max(-1).mean(),
-                "grad_norm": optax.global_norm(grads),
+                "grad_norm": global_norm(grads),
             }
 
         (params, opt_state), metrics = jax.lax.scan(

@@ -23,7 +23,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -323,7 +323,7 @@ def make(
             "loss": loss_value,
             "td_error": size.mean(),
             "q": ops.unscale_value(q.max(-1), hparams.rescale_eps).mean(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": global_norm(grads),
         }
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:

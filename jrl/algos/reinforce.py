@@ -24,7 +24,7 @@ from flax import struct
 from jrl import networks, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 BASELINES = ("none", "mean", "leave_one_out", "value")
@@ -201,7 +201,7 @@ def make(
         )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, transitions, hparams)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": learning_rate}
+        metrics |= {"grad_norm": global_norm(grads), "learning_rate": learning_rate}
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         env_steps = ops.counter.add(state.env_steps, env_steps_per_step)

@@ -22,7 +22,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Box, Discrete, Environment, Key, Memory, Metrics, Policy, PyTree
 
 
@@ -238,7 +238,7 @@ def make(
         sample = replay.uniform.sample(sample_key, state.replay, config.batch_size, config.num_envs, 1)
         target = targets(state, sample, target_key, hparams)
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, sample, target, loss_key, hparams)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = global_norm(grads)
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target_critic = optax.incremental_update(params["critic"], state.target_critic, hparams.tau)

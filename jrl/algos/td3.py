@@ -22,7 +22,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Box, Environment, Key, Memory, Metrics, Policy, PyTree
 
 
@@ -239,7 +239,7 @@ def make(
             state = gradient_step(state, "critic", grads, hparams, learning_rate)
             target_params = optax.incremental_update(state.params, state.target_params, hparams.tau)
             state = dataclasses.replace(state, target_params=target_params)
-            return state, (sample, {"critic_loss": loss, "q": q, "grad_norm": optax.global_norm(grads)})
+            return state, (sample, {"critic_loss": loss, "q": q, "grad_norm": global_norm(grads)})
 
         state, (samples, metrics) = jax.lax.scan(update_critic, state, jax.random.split(key, policy_delay))
         last = jax.tree.map(lambda leaf: leaf[-1], samples)

@@ -120,9 +120,10 @@ def random_words(key: Key, num_words: int, num_envs: int) -> Array:
     """
     if num_words == 0:
         return jnp.zeros((0, num_envs), jnp.uint32)
-    keys = jax.random.split(key, (-(-num_words // 2), num_envs))
-    words = jax.random.key_data(keys)[..., :2]  # some implementations have keys of four words
-    return jnp.concatenate([words[..., 0], words[..., 1]])[:num_words]
+    # In a row, though it is a table: XLA unrolls the random bits of a short axis, which takes long to compile.
+    keys = jax.random.split(key, -(-num_words // 2) * num_envs)
+    words = jax.random.key_data(keys)[:, :2]  # some implementations have keys of four words
+    return words.T.reshape(-1, num_envs)[:num_words]
 
 
 def uniform(words: Array, low: Any, high: Any) -> Array:

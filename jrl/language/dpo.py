@@ -24,7 +24,7 @@ from jrl.language import imitation, models, preferences
 from jrl.language.environments import token_step
 from jrl.language.policy_gradient import finished_texts
 from jrl.language.preferences import Pairs
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree
 
 
@@ -164,7 +164,7 @@ def make(
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, state.reference, batch, hparams)
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = global_norm(grads)
         return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
     tokens_a_step = 2 * config.num_updates * config.batch_size * spec.max_new_tokens

@@ -41,7 +41,7 @@ from jrl.envs import vectorize
 from jrl.language import models, surrogates
 from jrl.language.environments import Rating, token_step
 from jrl.language.rewards import Scorer, Text
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
@@ -329,15 +329,14 @@ def make(
         """Take num_epochs × num_minibatches gradient steps on ``batch``."""
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         gradient_step = optimizer(hparams, learning_rate).update
-        shuffles = jax.vmap(lambda key: ops.shuffled_indices(key, num_texts))(
-            jax.random.split(key, config.num_epochs)
-        ).reshape(config.num_epochs * config.num_minibatches, -1)
+        shuffles = ops.shuffled_indices(key, num_texts, config.num_epochs)
+        shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
 
         def minibatch_step(carry: tuple, index: Array) -> tuple[tuple, Metrics]:
             params, opt_state = carry
             minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
             grads, metrics = jax.grad(loss, has_aux=True)(params, minibatch, state.kl_coef, hparams)
-            metrics["grad_norm"] = optax.global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads)
             updates, opt_state = gradient_step(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 

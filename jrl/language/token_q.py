@@ -30,7 +30,7 @@ from jrl.envs import vectorize
 from jrl.language import imitation, models
 from jrl.language.environments import token_step
 from jrl.language.policy_gradient import finished_texts, rate
-from jrl.optim import annealed_learning_rate, default_optimizer
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree
 
 
@@ -335,7 +335,7 @@ def make(
         params = optax.apply_updates(state.params, updates)
         target_params = optax.incremental_update(params, state.target_params, hparams.tau)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, target_params=target_params)
-        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics | {"grad_norm": global_norm(grads)}
 
     tokens_a_step = steps * (config.num_envs if data is None else config.num_updates * config.batch_size)
 

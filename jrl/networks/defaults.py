@@ -16,6 +16,7 @@ from jrl.networks.cnn import CNN
 from jrl.networks.heads import Actor, ActorCritic, Ensemble, ImplicitQNetwork, QNetwork
 from jrl.networks.mlp import ACTIVATIONS, MLP
 from jrl.networks.recurrent import recurrent_network
+from jrl.ops.keys import hashed
 from jrl.types import Discrete, Environment, MaskedObservation, Network, PyTree
 
 _identity = functools.partial(MLP, ())  # the torso of a head that is given features
@@ -103,7 +104,7 @@ def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool =
     torso, prepare, _ = _torso(env, config)
     module = ImplicitQNetwork(torso, env.action.n, dueling)
     return Network(
-        init=lambda key, query, memory: module.init(key, prepare(query.obs), query.fraction),
+        init=lambda key, query, memory: module.init(hashed(key), prepare(query.obs), query.fraction),
         apply=lambda params, query, memory: (
             module.apply(params, prepare(query.obs), query.fraction),
             memory,
@@ -209,4 +210,4 @@ def _network(
         out = module.apply(params, mlp.features_first(x, len(batch)), features_first=True)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out), memory
 
-    return Network(init=lambda key, obs, memory: module.init(key, prepare(obs)), apply=apply)
+    return Network(init=lambda key, obs, memory: module.init(hashed(key), prepare(obs)), apply=apply)

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from jrl.networks.mlp import Dense, batch_first, features_first, orthogonal, prefers_features_first
+from jrl.ops.keys import hashed
 from jrl.rollout import reset_memory
 from jrl.types import Array, Memory, Network, PyTree
 
@@ -238,7 +239,7 @@ def recurrent_network(
         return module.apply(params, prepare(obs), memory, reset, fast=fast, method="sequence")
 
     return Network(
-        init=lambda key, obs, memory: module.init(key, prepare(obs), memory),
+        init=lambda key, obs, memory: module.init(hashed(key), prepare(obs), memory),
         apply=lambda params, obs, memory: module.apply(params, prepare(obs), memory),
         init_memory=core.init_memory,
         sequence=sequence,

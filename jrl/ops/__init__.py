@@ -12,6 +12,7 @@ from jrl.ops.exploration import (
     persistent_epsilon_greedy,
     ucb_policy,
 )
+from jrl.ops.keys import hashed
 from jrl.ops.losses import (
     adapted_kl_coef,
     approx_kl,
@@ -89,6 +90,7 @@ __all__ = [
     "explained_variance",
     "exponential_schedule",
     "gae",
+    "hashed",
     "huber",
     "inverse_cdf",
     "lambda_returns",

@@ -16,8 +16,8 @@ NUM_ROUNDS = 6
 MIN_SIDE = 8
 
 
-def shuffled_indices(key: jax.Array, n: int) -> jax.Array:
-    r"""Return a pseudo-random permutation of ``0 … n-1``, int32 ``[n]``.
+def shuffled_indices(key: jax.Array, n: int, num: int | None = None) -> jax.Array:
+    r"""Return a pseudo-random permutation of ``0 … n-1``, int32 ``[n]``, or ``num`` independent ones, ``[num, n]``.
 
     Writes an index as ``(l, r)`` with ``l < a``, ``r < b``, ``a b = n`` and applies, in turn,
     ``l ← (l + F_i(r)) mod a`` and ``r ← (r + F_i(l)) mod b``: an unbalanced Feistel network on mixed radices,
@@ -34,22 +34,28 @@ def shuffled_indices(key: jax.Array, n: int) -> jax.Array:
     Args:
         key: a typed key.
         n: number of indices, static.
+        num: number of permutations, static; None for one without the leading axis.
 
     Raises:
-        ValueError: ``n < 1``.
+        ValueError: ``n < 1`` or ``num < 1``.
     """
     if n < 1:
         raise ValueError(f"shuffled_indices(n={n}): n must be at least 1.")
+    if num is None:
+        return shuffled_indices(key, n, 1)[0]
+    if num < 1:
+        raise ValueError(f"shuffled_indices(num={num}): num must be at least 1.")
     a = _largest_factor_up_to_root(n)
     if a < MIN_SIDE:
-        return jax.random.permutation(key, n).astype(jnp.int32)
+        index = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (num, n))
+        return jax.random.permutation(key, index, axis=1, independent=True)
     b = n // a
-    words = jax.random.bits(key, (NUM_ROUNDS, 2), jnp.uint32)
-    index = jnp.arange(n, dtype=jnp.uint32)
+    words = jax.random.bits(key, (NUM_ROUNDS * 2 * num,), jnp.uint32).reshape(NUM_ROUNDS, 2, num, 1)
+    index = jnp.arange(n, dtype=jnp.uint32)[None]
     left, right = index // b, index % b
-    for i in range(NUM_ROUNDS):
-        left = (left + _hash(right, words[i, 0]) % a) % a
-        right = (right + _hash(left, words[i, 1]) % b) % b
+    for to_left, to_right in words:
+        left = (left + _hash(right, to_left) % a) % a
+        right = (right + _hash(left, to_right) % b) % b
     return (left * b + right).astype(jnp.int32)
 
 

@@ -70,3 +70,13 @@ def test_rejects_an_empty_range():
 
 def test_dtype_is_int32():
     assert shuffled_indices(jax.random.key(0), 128).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("n", [97, 640])  # by a sort, and by the network
+def test_several_at_once_are_permutations_as_different_as_those_of_several_keys(n):
+    rows = np.asarray(shuffled_indices(jax.random.key(3), n, 50))
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.broadcast_to(np.arange(n), (50, n)))
+    agreements = [(rows[i] == rows[j]).sum() for i in range(50) for j in range(i)]
+    assert 0.8 < np.mean(agreements) < 1.2
+    with pytest.raises(ValueError, match=r"shuffled_indices\(num=0\): num must be at least 1"):
+        shuffled_indices(jax.random.key(0), n, 0)
