@@ -203,7 +203,7 @@ def categorical(support: Array) -> QHead:
     def target(
         reward: Array, discount: Array, next_logits: Array, next_q: Array, online_q: Array | None = None
     ) -> Array:
-        probability = jax.nn.softmax(_select(next_logits, _greedy(next_q, online_q)))
+        probability = ops.categorical_probability(_select(next_logits, _greedy(next_q, online_q)))
         return project(reward, discount, jnp.zeros_like(reward), probability)
 
     def soft_target(
@@ -211,12 +211,14 @@ def categorical(support: Array) -> QHead:
     ) -> Array:
         log_policy = ops.scaled_log_policy(next_q, temperature)
         policy = jnp.exp(log_policy / temperature)
-        return project(reward, discount, -log_policy, policy[..., None] * jax.nn.softmax(next_logits))
+        return project(
+            reward, discount, -log_policy, policy[..., None] * ops.categorical_probability(next_logits)
+        )
 
     def loss(logits: Array, action: Array, target: Array) -> tuple[Array, Array]:
         cross_entropy = ops.categorical_cross_entropy(_select(logits, action), target)
         # The entropy of the target moves no parameter, but without it the error would never be small.
-        entropy = -jax.scipy.special.xlogy(target, target).sum(-1)
+        entropy = -jax.scipy.special.xlogy(target, target).T.sum(0)
         return cross_entropy, cross_entropy - entropy
 
     return QHead(lambda logits: ops.categorical_mean(logits, support), target, soft_target, loss)
@@ -260,6 +262,10 @@ def _greedy(next_q: Array, online_q: Array | None) -> Array:
 
 def _select(output: Array, action: Array) -> Array:
     """Return what ``output [N, A, K]`` says of ``action [N]``, ``[N, K]``."""
-    # Over the axis of actions where it is: a sum along the last one is slow on a CPU.
-    chosen = jax.nn.one_hot(action, output.shape[-2], dtype=bool)[..., None]
-    return jnp.sum(jnp.where(chosen, output, 0), axis=-2, dtype=output.dtype)
+    # Batch last, as the network has it and the functions of distributions: a sum along the last axis is slow on a CPU.
+    # The remainder changes nothing, but is what XLA computes once: else it would unpack the action from the replay, or
+    # find it among the values, again for every atom.
+    num_actions = output.shape[-2]
+    action = jax.lax.rem(action.astype(jnp.int32), jnp.int32(2 * num_actions + 1))
+    chosen = jax.nn.one_hot(action, num_actions, dtype=bool, axis=0)[:, None]
+    return jnp.sum(jnp.where(chosen, jnp.moveaxis(output, 0, -1), 0), axis=0, dtype=output.dtype).T
