@@ -40,7 +40,10 @@ class QHead(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is random of one evaluation: factors of the noise, and fractions ``[N, K]``; None where there are none."""
+    """What is random of one evaluation: factors of the noise, and fractions ``[N, K]``; None where there are none.
+
+    Several draws of the noise, ``[D, …]``, are each for as many rows, one after the other; then without fractions.
+    """
 
     noise: Array | None
     fraction: Array | None
@@ -130,6 +133,10 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
 
     def evaluate(params: Params, obs: PyTree, drawn: Drawn | None = None) -> Any:
         noise, fraction = (None, None) if drawn is None else drawn
+        if noise is not None and noise.ndim == 2:
+            grouped = jax.tree.map(lambda x: x.reshape(noise.shape[0], -1, *x.shape[1:]), obs)
+            each = jax.vmap(lambda noise, obs: evaluate(params, obs, Drawn(noise, None)))(noise, grouped)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
         if config.noisy:
             params = params.mean if noise is None else networks.noisy.perturb(params, noise)
         if implicit:
