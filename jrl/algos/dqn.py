@@ -244,10 +244,9 @@ def make(
         noise_key, key = jax.random.split(key)
         # A policy may be run on another number of environments than it was trained on.
         num = math.gcd(config.noise_draws, jax.tree.leaves(obs)[0].shape[0])
-        noise = [one.noise for one in q_function.draw(noise_key, acting[0], num, ())]
-        return act(
-            acting, key, obs, memory, q_functions.Drawn(noise[0] if num == 1 else jnp.stack(noise), None)
-        )
+        drawn = [jnp.asarray(one.noise) for one in q_function.draw(noise_key, acting[0], num, ())]
+        noise = drawn[0] if num == 1 else jnp.stack(drawn)
+        return act(acting, key, obs, memory, q_functions.Drawn(noise, None))
 
     behave = act_noisily if config.noisy else act
 

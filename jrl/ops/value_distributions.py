@@ -138,9 +138,7 @@ def categorical_cross_entropy(logits: Array, target: Array) -> Array:
 
 def _mass(logits: Array) -> tuple[Array, Array]:
     """Return ``exp(logits − max)``, batch last ``[..., K, N]``, and its sum ``[..., 1, N]``."""
-    # The selection keeps XLA's CPU library from making one slow kernel of the network's layers and the exponential.
-    lowest = jnp.finfo(logits.dtype).min
-    logits = _batch_last(jnp.where(logits > lowest, logits, lowest))
+    logits = _batch_last(logits)
     best = jax.lax.stop_gradient(logits.max(-2, keepdims=True))
     # Behind a barrier: within a sum XLA would compute the exponentials again, and one at a time.
     mass = jax.lax.optimization_barrier(jnp.exp(logits - best))
