@@ -264,7 +264,11 @@ ABLATIONS = {
         lambda: jrl.make("DeepSea-bsuite"),
         {
             "plain, ε = 0.05": (DEEP_SEA | BARE, {"epsilon_start": 0.05, "anneal_env_steps": 0.0}),
-            "noisy": (DEEP_SEA | BARE | {"noisy": True}, NOISY | {"anneal_env_steps": 0.0}),
+            "noisy, one draw for all": (DEEP_SEA | BARE | {"noisy": True}, NOISY | {"anneal_env_steps": 0.0}),
+            "noisy, a draw an environment": (
+                DEEP_SEA | BARE | {"noisy": True, "noise_draws": 10},
+                NOISY | {"anneal_env_steps": 0.0},
+            ),
         },
         50_000,
         seeds=8,

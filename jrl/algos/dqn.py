@@ -10,13 +10,15 @@ al., 2018, arXiv:1806.06923); noisy layers (Fortunato et al., 2018, arXiv:1706.1
 :mod:`jrl.algos.rainbow` puts six of them together.
 
 Deviations: a time limit is never a terminal state; n-step windows end at either flag and bootstrap with γ^k; the
-warm-up fill happens in ``init``, so that no step has a data-dependent branch; all environments of a step, and all
-transitions of a batch, share one draw of a noisy network's noise; an implicit quantile network acts on fixed quantiles.
+warm-up fill happens in ``init``, so that no step has a data-dependent branch; all environments of a step (see
+``noise_draws``), and all transitions of a batch, share one draw of a noisy network's noise; an implicit quantile
+network acts on fixed quantiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +85,9 @@ class Config:
     """Atoms, or quantiles, of a distribution."""
     noisy: bool = False
     """Explore by noise on the weights, whose scale is learned. ε-greedy goes on beside it: set its ε to 0."""
+    noise_draws: int = 1
+    """Draws of that noise in each step of the environments, which share them evenly. With one draw, environments in
+    the same state do the same; with num_envs each explores for itself, at the cost of so many sets of weights."""
     persistent: bool = False
     """Hold an exploratory action for a heavy-tailed number of steps (εz-greedy), which gets further than as many
     independent ones."""
@@ -104,8 +109,13 @@ class Config:
     overestimated values (as Gallici et al., 2024, arXiv:2407.04811, found for Q-learning at large)."""
 
     def __post_init__(self) -> None:
-        checks.sizes(self, "num_updates", "n_step")
+        checks.sizes(self, "num_updates", "n_step", "noise_draws")
         off_policy.check_replay(self)
+        if self.num_envs % self.noise_draws:
+            raise ValueError(
+                f"noise_draws={self.noise_draws} cannot be shared evenly by num_envs={self.num_envs} environments; "
+                "use a divisor of num_envs."
+            )
         if self.n_step * self.num_envs > self.capacity:
             raise ValueError(
                 f"n_step={self.n_step} windows of num_envs={self.num_envs} environments do not fit "
@@ -232,8 +242,11 @@ def make(
 
     def act_noisily(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         noise_key, key = jax.random.split(key)
-        (noise,) = q_function.draw(noise_key, acting[0], 1, ())
-        return act(acting, key, obs, memory, noise._replace(fraction=None))
+        # A policy may be run on another number of environments than it was trained on.
+        num = math.gcd(config.noise_draws, jax.tree.leaves(obs)[0].shape[0])
+        drawn = [jnp.asarray(one.noise) for one in q_function.draw(noise_key, acting[0], num, ())]
+        noise = drawn[0] if num == 1 else jnp.stack(drawn)
+        return act(acting, key, obs, memory, q_functions.Drawn(noise, None))
 
     behave = act_noisily if config.noisy else act
 

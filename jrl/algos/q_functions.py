@@ -40,7 +40,10 @@ class QHead(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is random of one evaluation: factors of the noise, and fractions ``[N, K]``; None where there are none."""
+    """What is random of one evaluation: factors of the noise, and fractions ``[N, K]``; None where there are none.
+
+    Several draws of the noise, ``[D, …]``, are each for as many rows, one after the other; then without fractions.
+    """
 
     noise: Array | None
     fraction: Array | None
@@ -130,6 +133,10 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
 
     def evaluate(params: Params, obs: PyTree, drawn: Drawn | None = None) -> Any:
         noise, fraction = (None, None) if drawn is None else drawn
+        if noise is not None and noise.ndim == 2:
+            grouped = jax.tree.map(lambda x: x.reshape(noise.shape[0], -1, *x.shape[1:]), obs)
+            each = jax.vmap(lambda noise, obs: evaluate(params, obs, Drawn(noise, None)))(noise, grouped)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
         if config.noisy:
             params = params.mean if noise is None else networks.noisy.perturb(params, noise)
         if implicit:
@@ -203,7 +210,7 @@ def categorical(support: Array) -> QHead:
     def target(
         reward: Array, discount: Array, next_logits: Array, next_q: Array, online_q: Array | None = None
     ) -> Array:
-        probability = jax.nn.softmax(_select(next_logits, _greedy(next_q, online_q)))
+        probability = ops.categorical_probability(_select(next_logits, _greedy(next_q, online_q)))
         return project(reward, discount, jnp.zeros_like(reward), probability)
 
     def soft_target(
@@ -211,12 +218,14 @@ def categorical(support: Array) -> QHead:
     ) -> Array:
         log_policy = ops.scaled_log_policy(next_q, temperature)
         policy = jnp.exp(log_policy / temperature)
-        return project(reward, discount, -log_policy, policy[..., None] * jax.nn.softmax(next_logits))
+        return project(
+            reward, discount, -log_policy, policy[..., None] * ops.categorical_probability(next_logits)
+        )
 
     def loss(logits: Array, action: Array, target: Array) -> tuple[Array, Array]:
         cross_entropy = ops.categorical_cross_entropy(_select(logits, action), target)
         # The entropy of the target moves no parameter, but without it the error would never be small.
-        entropy = -jax.scipy.special.xlogy(target, target).sum(-1)
+        entropy = -jax.scipy.special.xlogy(target, target).T.sum(0)
         return cross_entropy, cross_entropy - entropy
 
     return QHead(lambda logits: ops.categorical_mean(logits, support), target, soft_target, loss)
@@ -260,6 +269,10 @@ def _greedy(next_q: Array, online_q: Array | None) -> Array:
 
 def _select(output: Array, action: Array) -> Array:
     """Return what ``output [N, A, K]`` says of ``action [N]``, ``[N, K]``."""
-    # Over the axis of actions where it is: a sum along the last one is slow on a CPU.
-    chosen = jax.nn.one_hot(action, output.shape[-2], dtype=bool)[..., None]
-    return jnp.sum(jnp.where(chosen, output, 0), axis=-2, dtype=output.dtype)
+    # Batch last, as the network has it and the functions of distributions: a sum along the last axis is slow on a CPU.
+    # The remainder changes nothing, but is what XLA computes once: else it would unpack the action from the replay, or
+    # find it among the values, again for every atom.
+    num_actions = output.shape[-2]
+    action = jax.lax.rem(action.astype(jnp.int32), jnp.int32(2 * num_actions + 1))
+    chosen = jax.nn.one_hot(action, num_actions, dtype=bool, axis=0)[:, None]
+    return jnp.sum(jnp.where(chosen, jnp.moveaxis(output, 0, -1), 0), axis=0, dtype=output.dtype).T

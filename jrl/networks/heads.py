@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks.mlp import Dense, batch_first, batch_first_both_ways
+from jrl.networks.mlp import Dense, DenseParameters, affine, batch_first
 from jrl.ops import distributions
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
@@ -78,24 +79,35 @@ class QNetwork(nn.Module):
     def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
         """Return the action values ``[..., A]``; features first or not, as ``x`` is."""
         features = self.torso()(x, features_first=features_first)
-
-        def linear(size: int) -> jax.Array:
-            return Dense(size, 1.0)(features, features_first=features_first)
-
-        if self.num_atoms is None:
-            q = linear(self.num_actions)
-            if self.dueling:
-                q = linear(1) + q - q.mean(0 if features_first else -1, keepdims=True)
-            return _batch_first(q, features_first)
-        q = linear(self.num_actions * self.num_atoms)
-        shape = (self.num_actions, self.num_atoms)
-        q = q.reshape(*shape, -1) if features_first else q.reshape(*q.shape[:-1], *shape)
+        shape = (self.num_actions,) if self.num_atoms is None else (self.num_actions, self.num_atoms)
+        fan_in = features.shape[0 if features_first else -1]
+        kernel, bias = DenseParameters(math.prod(shape), 1.0, name="Dense_0")(fan_in)
         if self.dueling:
-            value, axis = linear(self.num_atoms), 0 if features_first else -2
-            q = jnp.expand_dims(value, axis) + q - q.mean(axis, keepdims=True)
+            value = DenseParameters(math.prod(shape[1:]), 1.0, name="Dense_1")(fan_in)
+            kernel, bias = (
+                _dueling(x.reshape(*x.shape[:-1], *shape), v, len(shape)).reshape(x.shape)
+                for x, v in zip((kernel, bias), value, strict=True)
+            )
         if not features_first:
-            return q
-        return batch_first_both_ways(q.reshape(-1, q.shape[-1])).reshape(-1, *shape)
+            q = features @ kernel + bias
+            return q.reshape(*q.shape[:-1], *shape)
+        q = affine(kernel, bias, features)
+        if self.num_atoms is None:
+            return batch_first(q)
+        # No barrier: what reads a distribution wants the batch last, and XLA cancels the two transpositions.
+        return jnp.moveaxis(q.reshape(*shape, -1), -1, 0)
+
+
+def _dueling(advantage: jax.Array, value: jax.Array, rank: int) -> jax.Array:
+    """Return parameters of ``V + A − mean_a A``, ``advantage [..., A, K]`` (rank 2) or ``[..., A]`` (rank 1).
+
+    Both heads are linear in the same features, so what is done to their outputs can be done to their weights: one
+    product instead of two, and sums over the weights instead of over the batch.
+    """
+    value = value.reshape(*advantage.shape[:-rank], 1, *advantage.shape[advantage.ndim - rank + 1 :])
+    # A sum written out, which XLA fuses with the rest: its library's reduction takes longer than a layer does.
+    mean = sum(jnp.unstack(advantage, axis=-rank)) / advantage.shape[-rank]
+    return value + advantage - jnp.expand_dims(mean, -rank)
 
 
 class ImplicitQNetwork(nn.Module):

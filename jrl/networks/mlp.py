@@ -44,18 +44,6 @@ def batch_first(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.T)
 
 
-@jax.custom_vjp
-def batch_first_both_ways(x: jax.Array) -> jax.Array:
-    """Return ``[N, F]`` of ``x [F, N]``, whose gradient is transposed behind a barrier too.
-
-    For many features: the products of the layer before it then get the gradient features first.
-    """
-    return batch_first(x)
-
-
-batch_first_both_ways.defvjp(lambda x: (batch_first(x), None), lambda _, grad: (batch_first(grad),))
-
-
 class MLP(nn.Module):
     """``x ↦ act(W_k … act(W_1 x + b_1) …)``: ``[..., F] -> [..., hidden_sizes[-1]]``.
 
@@ -96,13 +84,28 @@ class Dense(nn.Module):
             channels: with ``features_first``, ``x`` holds images flattened channel by channel, where
                 ``[..., F]`` holds them pixel by pixel.
         """
-        size = x.shape[0 if features_first else -1]
-        kernel = self.param("kernel", orthogonal(self.gain), (size, self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        kernel, bias = _parameters(self, x.shape[0 if features_first else -1])
         if not features_first:
             return x @ kernel + bias
         kernel = kernel.reshape(-1, channels, self.features).swapaxes(0, 1).reshape(kernel.shape)
         return affine(kernel, bias, x)
+
+
+class DenseParameters(nn.Module):
+    """The parameters of a :class:`Dense` of the same name, for what is computed from them together with others."""
+
+    features: int
+    gain: float
+
+    @nn.compact
+    def __call__(self, size: int) -> tuple[jax.Array, jax.Array]:
+        """Return the kernel ``[size, features]`` and the bias ``[features]``."""
+        return _parameters(self, size)
+
+
+def _parameters(module: Dense | DenseParameters, size: int) -> tuple[jax.Array, jax.Array]:
+    kernel = module.param("kernel", orthogonal(module.gain), (size, module.features))
+    return kernel, module.param("bias", nn.initializers.zeros_init(), (module.features,))
 
 
 def orthogonal(gain: float) -> Callable[..., jax.Array]:

@@ -62,7 +62,8 @@ def draw(key: Key, params: NoisyParams, batch_shape: tuple[int, ...] = ()) -> Ar
     size = sum(size for layer in params.scale.values() for size in layer["kernel"].shape)
     noise = jax.random.normal(key, (*batch_shape, size))
     # sign(x) sqrt(|x|), by a division: XLA computes it once, where it would repeat what is cheaper for every weight.
-    return noise / jnp.sqrt(jnp.maximum(jnp.abs(noise), jnp.finfo(noise.dtype).tiny))
+    # Not by the root itself, which would become a product with its inverse.
+    return noise / jnp.maximum(jnp.sqrt(jnp.abs(noise)), jnp.finfo(noise.dtype).tiny)
 
 
 def perturb(params: NoisyParams, noise: Array) -> Params:

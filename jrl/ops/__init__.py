@@ -56,6 +56,7 @@ from jrl.ops.shuffle import shuffled_indices
 from jrl.ops.value_distributions import (
     categorical_cross_entropy,
     categorical_mean,
+    categorical_probability,
     categorical_projection,
     munchausen_bonus,
     quantile_huber_loss,
@@ -76,6 +77,7 @@ __all__ = [
     "boltzmann_policy",
     "categorical_cross_entropy",
     "categorical_mean",
+    "categorical_probability",
     "categorical_projection",
     "clip_fraction",
     "clipped_value_loss",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import jrl
 from jrl import dqn, networks
+from jrl.algos import q_functions
 
 LAYER = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}
 
@@ -55,6 +58,23 @@ def test_fully_connected_layers_are_noisy_and_nothing_else():
     params = jax.eval_shape(algo.init, jax.random.key(0), dqn.HParams()).params
     layers = {"params/CNN_0/MLP_0/Dense_0", "params/Dense_0", "params/Dense_1"}
     assert params.scale.keys() == layers  # no convolution, no layer norm
+
+
+def test_environments_share_a_draw_of_the_noise_or_have_their_own():
+    env = jrl.make("CartPole-v1")
+    same = jnp.broadcast_to(jnp.asarray([0.01, -0.02, 0.03, 0.04]), (4, 4))
+    for num, distinct in ((1, 1), (2, 2), (4, 4)):
+        config = dqn.Config(num_envs=4, noisy=True, noise_draws=num, hidden_sizes=(4,))
+        params = q_functions.make(env, config, None, "dqn").init(jax.random.key(0), same, 0.5)
+        state = types.SimpleNamespace(params=params, support=())  # all that a policy reads of it
+        policy = dqn.make(env, config).policy(state, greedy=False, epsilon=0.0)
+        q = np.asarray(policy(jax.random.key(1), same)[2]["q"])
+        assert len(np.unique(q.round(5), axis=0)) == distinct
+        assert np.allclose(q.reshape(num, 4 // num, -1), q.reshape(num, 4 // num, -1)[:, :1])
+        alone = np.asarray(policy(jax.random.key(1), same[:1])[2]["q"])
+        assert alone.shape == (1, 2)  # as many rows as one likes
+    with pytest.raises(ValueError, match=r"noise_draws=3 cannot be shared evenly by num_envs=4.*a divisor"):
+        dqn.Config(num_envs=4, noise_draws=3)
 
 
 def test_a_network_without_such_layers_is_refused():
