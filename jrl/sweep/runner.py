@@ -29,14 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checkpoint, configuration, doctor, loggers, progress, records, statistics, tables, xla
+from jrl import checkpoint, configuration, doctor, loggers, memory, progress, records, statistics, tables, xla
 from jrl.configuration import Setup
 from jrl.driver import RunResult, chunk_length
 from jrl.interrupt import StopRequest, wait
 from jrl.ops import counter
 from jrl.records import CorruptCheckpointError, RunError, RunWarning
 from jrl.sweep import members, planning, processes, program
-from jrl.sweep.planning import Layout, Plan
+from jrl.sweep.planning import Plan
 from jrl.sweep.results import Results, exact
 from jrl.sweep.search import PBT, Halving, exploit_and_explore
 from jrl.sweep.search import best as search_best
@@ -322,6 +322,8 @@ def plan(algorithm: Any, hparams: Any = None, *, measure: bool = True, **setting
         "width": settings.get("width", "auto"),
         "chunk": settings.get("chunk"),
         "checkpoint_seconds": None,
+        "halving": settings.get("halving"),
+        "pbt": settings.get("pbt"),
         "chunk_length": chunk_length(settings["env_steps"], setup.algo.env_steps_per_step),
     }
     return _Sweep(setup, who, record, None, settings.get("devices"), "none", False).plan(measure)
@@ -563,17 +565,25 @@ class _Sweep:
             width=self.width,
             devices=self.devices,
             chunk=self.record["chunk"],
+            moving=bool(self.record.get("halving") or self.record.get("pbt")),
         )
         self.init: Callable[..., Any] | None = None  # compiled where members start
-        self.resident: list[int] = [doctor.resident_memory() or 0]
+        self.play: Callable[..., program.Evaluation] | None = None  # and where they end
+        self.movers: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}  # by shape and dtype of a leaf
+        self.draw: Callable[..., Any] | None = None  # of a population's rounds
+        if self.folder is not None:
+            checkpoint.load_library()
+        self.watch = (
+            memory.Watch()
+        )  # from here on: the plan is of what the training takes once it is compiled
 
     def start(self, who: np.ndarray) -> Any:
         """Initialise the members ``who``, and learn how many steps their warm-up took."""
         arguments = self.spread((self.who.seeds.astype(np.uint32), self.who.hparams), who)
         if self.init is None:  # by itself, so that the memory of compiling is none of the training's
-            init: Any = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
-            self.init = init.lower(*arguments).compile()
-            self.resident = [doctor.resident_memory() or 0]
+            with self.watch.outside():
+                init: Any = program.init(self.setup.algo, self.layout.mesh, self.layout.width)
+                self.init = init.lower(*arguments).compile()
         states = self.init(*arguments)
         self.warmup = 0
         if hasattr(states, "env_steps"):
@@ -638,7 +648,8 @@ class _Sweep:
                     "fewer, or set chunk (--chunk) yourself."
                 )
             self.show.message(str(self.plan_))
-            states = self.train(search, stop, stack)
+            with self.watch.during("training"):
+                states = self.train(search, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
         best = None if not complete else self.best_setting()
@@ -655,8 +666,10 @@ class _Sweep:
             "env_steps_per_second": self.env_steps_done / seconds if seconds else 0.0,
             "total_seconds": time.perf_counter() - began,
             "plan": dataclasses.asdict(self.plan_),
-            # by how much the process grew once it had compiled: what the plan speaks of
-            "training_bytes": max(self.resident) - self.resident[0],
+            # by how much the process grew at the highest once it had compiled: what the plan speaks of
+            "training_bytes": self.watch.peaks.get("training", 0),
+            "evaluating_bytes": self.watch.peaks.get("evaluating", 0),
+            "saving_bytes": self.watch.peaks.get("saving", 0),
             "device": doctor.device(),
             "precision": doctor.precision(),
             "versions": doctor.versions(),
@@ -692,9 +705,12 @@ class _Sweep:
         work = self.num * self.total * self.setup.algo.env_steps_per_step
         self.show.start(self.env_steps_done, work)
         stack.callback(self.show.stop)
-        states = begin.states
-        for chunk in range(begin.chunk, self.plan_.num_chunks):
-            if chunk > begin.chunk:
+        first = begin.chunk
+        for chunk in range(first, self.plan_.num_chunks):
+            if chunk > first:
+                # Memory holds one chunk of members, not the next one's start beside it. Said, for what has saved
+                # them may hold them a while longer.
+                jax.tree.map(lambda leaf: leaf.delete(), states)
                 order = np.arange(chunk * held, min((chunk + 1) * held, self.num))
                 begin = _Position(chunk, 0, order, self.start(order))
             states = self.train_one_chunk(begin, search, stop, sink)
@@ -726,7 +742,7 @@ class _Sweep:
             now = time.perf_counter()
             self.seconds += now - last
             taken = self.note(before, num_steps, whom, report)
-            self.resident.append(doctor.resident_memory() or 0)
+            self.watch.look()
             self.env_steps_done += taken
             row = self.row(before + num_steps, chunk, taken / max(now - last, 1e-9))
             last = now
@@ -849,7 +865,7 @@ class _Sweep:
         permutation = np.argsort(~stays, kind="stable")
         home = self.layout.homes(len(order))
         index = home[permutation][self.layout.sources(len(order))]
-        states = _gather(self.layout)(states, index)
+        states = self.gather(states, index)
         self.show.message(
             f"rung at {step * self.setup.algo.env_steps_per_step:,} env steps: {len(survivors)} of {len(alive)} "
             "settings go on"
@@ -864,38 +880,65 @@ class _Sweep:
         score[self.results.failed_at >= 0] = np.nan
         home, impl = self.layout.homes(self.num), jax.random.key_impl(states.key)
         streams = processes.fetch(jax.random.key_data(states.key))[home]
-        draw = jax.jit(
-            functools.partial(exploit_and_explore, explore=pbt.explore, share=pbt.share, factor=pbt.factor)
-        )
-        # The states themselves are too large to pass through it: their streams stand for them.
-        new, hparams, origin = draw(
-            jax.random.fold_in(members.key_of(jnp.uint32(pbt.seed), members.SEARCH), step),
-            _Streams(jax.random.wrap_key_data(streams, impl=impl)),
-            self.who.hparams,
-            score.astype(np.float32),
-        )
+        if self.draw is None:  # traced once, for all rounds
+            fixed = {"explore": pbt.explore, "share": pbt.share, "factor": pbt.factor}
+            self.draw = jax.jit(functools.partial(exploit_and_explore, **fixed))
+        with self.watch.outside():  # it compiles at its first round, and holds nothing of size
+            # The states themselves are too large to pass through it: their streams stand for them.
+            new, hparams, origin = self.draw(
+                jax.random.fold_in(members.key_of(jnp.uint32(pbt.seed), members.SEARCH), step),
+                _Streams(jax.random.wrap_key_data(streams, impl=impl)),
+                self.who.hparams,
+                score.astype(np.float32),
+            )
         source = np.asarray(origin)
         self.who = self.who._replace(hparams=jax.tree.map(np.asarray, hparams))
         self.results.inherit(row, source, members.names(self.who.hparams))
         self.latest = {name: values[source] for name, values in self.latest.items()}
-        states = _gather(self.layout)(states, home[source][self.layout.sources(self.num)])
+        states = self.gather(states, home[source][self.layout.sources(self.num)])
         replaced = int((source != np.arange(self.num)).sum())
         self.show.message(
             f"round at {step * per_step:,} env steps: {replaced} of {self.num} members replaced"
         )
         return dataclasses.replace(states, key=self.layout.spread(new.key))
 
+    def gather(self, states: Any, index: np.ndarray) -> Any:
+        """Return the members ``index`` of ``states``, which are used up.
+
+        Leaf by leaf, so that memory holds one of them twice and not all.
+        """
+        leaves, structure = jax.tree.flatten(states)
+        del states
+        kinds = {(leaf.shape, leaf.dtype) for leaf in leaves} - set(self.movers)
+        if kinds:
+            with self.watch.outside():
+                self.movers |= {kind: planning.compile_move(self.layout, *kind) for kind in kinds}
+        index = index.astype(np.int32)
+        for i, leaf in enumerate(leaves):
+            leaves[i] = jax.block_until_ready(self.movers[leaf.shape, leaf.dtype](leaf, index))
+            leaf.delete()
+        return jax.tree.unflatten(structure, leaves)
+
     def evaluate(self, order: np.ndarray, states: Any, hparams: Any) -> None:
         """Evaluate the members ``order`` greedily."""
         self.show.message(
             f"evaluating {len(order)} members over {self.record['eval_episodes']} episodes each ..."
         )
-        play = program.evaluate(
-            self.setup.algo, self.setup.env, self.layout.mesh, self.layout.width, self.record["eval_episodes"]
-        )
-        evaluation = play(states, self.spread(self.who.seeds.astype(np.uint32), order), hparams)
+        arguments = states, self.spread(self.who.seeds.astype(np.uint32), order), hparams
+        if self.play is None:
+            with self.watch.outside():
+                play: Any = program.evaluate(
+                    self.setup.algo,
+                    self.setup.env,
+                    self.layout.mesh,
+                    self.layout.width,
+                    self.record["eval_episodes"],
+                )
+                self.play = play.lower(*arguments).compile()
+        with self.watch.during("evaluating"):
+            evaluation = processes.fetch(self.play(*arguments))
         home = self.layout.homes(len(order))
-        for name, values in processes.fetch(evaluation)._asdict().items():
+        for name, values in evaluation._asdict().items():
             self.results.evaluation[name][order] = values[home]
 
     # ------------------------------------------------------------------------------------- checkpoints
@@ -930,7 +973,8 @@ class _Sweep:
         folder = self.folder / records.CHECKPOINTS
         content = {"states": states, "results": self.results.arrays()}
         try:
-            checkpoint.save(folder, content, number, metadata=metadata, keep=None)
+            with self.watch.outside(), self.watch.during("saving"):
+                checkpoint.save(folder, content, number, metadata=metadata, keep=None)
             for old in checkpoint.steps(folder) if processes.is_first() else ():
                 # the last checkpoint of each chunk of members stays: it holds what they have learned
                 if old < number and old % (self.total + 1) != self.total:
@@ -1072,10 +1116,6 @@ class _Position(NamedTuple):
 
 def _numbers(*values: int) -> tuple[jax.Array, ...]:
     return tuple(jnp.int32(value) for value in values)
-
-
-def _gather(layout: Layout) -> Callable[[Any, np.ndarray], Any]:
-    return jax.jit(program.gather, out_shardings=program.sharding(layout.mesh), donate_argnums=0)
 
 
 def _reason(report: program.Report, i: int, latest: Mapping[str, np.ndarray], member: int) -> str:

@@ -409,6 +409,24 @@ def test_memory_is_planned_and_bounds_the_members_held(monkeypatch):
         run(config={"sizes": (4096,)})
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system says how much memory it takes")
+@pytest.mark.parametrize(
+    "changes",
+    [{"chunk": 96}, {"halving": sweep.Halving(2.0, 2), "seeds": 48}],
+    ids=["two chunks, saved", "halving"],
+)
+def test_training_takes_as_much_memory_as_planned(reference, tmp_path, changes):
+    """After the first sweep: threads and libraries take some MiB of a process once, whatever its members."""
+    settings = {"config": {"sizes": (1 << 18,)}, "seeds": 96, "env_steps": 16, "eval_episodes": 1}
+    finished = run(tmp_path / "sweep" if "chunk" in changes else None, **settings | changes)
+    plan, summary = finished.plan, finished.summary
+    held = plan.chunk * plan.bytes_per_member
+    assert 96 << 20 < held < plan.bytes_total
+    assert summary["training_bytes"] == pytest.approx(plan.bytes_total, rel=0.15)
+    # a checkpoint is written from where the states are, in pieces
+    assert summary["saving_bytes"] < plan.bytes_total + (80 << 20)
+
+
 def test_a_plan_predicts_without_running():
     plan = sweep.plan(fake, env=ENV, env_steps=STEPS, seeds=5, devices=jax.devices()[:2])
     assert (plan.members, plan.devices, plan.num_chunks, plan.env_steps) == (5, 2, 1, 5 * STEPS)
