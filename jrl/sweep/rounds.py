@@ -33,7 +33,11 @@ def rungs(sweep: Session, search: Halving | PBT | None) -> dict[int, int]:
     length = sweep.record["chunk_length"]
     if isinstance(search, PBT):
         return dict.fromkeys(search.rounds(length, sweep.total, sweep.setup.algo.env_steps_per_step), 0)
-    rungs = [] if search is None else search.rungs(len(set(sweep.who.settings)), sweep.total)
+    rungs = (
+        []
+        if search is None
+        else search.rungs(len(set(sweep.who.settings)), sweep.total, sweep.setup.algo.env_steps_per_step)
+    )
     rounded = {-(-at // length) * length: kept for at, kept in rungs}
     return {at: kept for at, kept in rounded.items() if at < sweep.total}
 
@@ -50,7 +54,10 @@ def stop_the_worst(
         if sweep.results.stopped_at[sweep.who.settings == s].max() < 0
     ]
     scores = np.array([_score(recent[:, sweep.who.settings == setting]) for setting in alive])
-    survivors = np.asarray(alive)[search_best(scores, kept)]
+    drawn = np.random.default_rng(step).permutation(
+        len(alive)
+    )  # so that equal ones are not kept by their place
+    survivors = np.asarray(alive)[drawn[search_best(scores[drawn], kept)]]
     stays = np.isin(sweep.who.settings[order], survivors)
     stopped = order[~stays & (sweep.results.stopped_at[order] < 0)]
     sweep.results.stopped_at[stopped] = step

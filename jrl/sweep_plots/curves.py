@@ -255,13 +255,18 @@ def _legend(axes: Any, table: Table, *, outside: bool, evaluated: bool) -> None:
     if table.num_frozen:
         handles.append(_cross())
         labels.append(f"frozen ({table.num_frozen} of {len(table)} members)")
-    _place_legend(axes, handles, labels, outside=outside)
+    _place_legend(axes, handles, labels, where="beside" if outside else "within")
 
 
-def _place_legend(axes: Any, handles: Any, labels: list[str], *, outside: bool) -> None:
+def _place_legend(axes: Any, handles: Any, labels: list[str], *, where: str) -> None:
+    """Place the legend ``"within"`` the axes where there is most room, ``"beside"`` or ``"below"`` them."""
     order = sorted(range(len(labels)), key=lambda i: not labels[i].startswith("IQM"))  # the main line first
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    if outside:
+    if where == "below":
+        placed = axes.figure.legend(
+            handles, labels, loc="outside lower left", fontsize=8, frameon=False, ncols=len(labels)
+        )
+    elif where == "beside":
         placed = axes.legend(
             handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False
         )

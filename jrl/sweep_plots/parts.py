@@ -45,7 +45,7 @@ def _cross() -> Line2D:
 
 
 def _legend_below(figure: Figure, *, marked: bool = False) -> None:
-    """Bands may fill the axes: there is no room for a legend within."""
+    """Place the legend outside: bands and dots may fill the axes."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if marked:
         handles.append(_cross())

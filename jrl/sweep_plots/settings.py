@@ -106,7 +106,7 @@ def sensitivity(
     axes.set_ylabel(_final_label(table))
     plain(axes)
     axes.set_title(title if title is not None else _members(table), loc="left", fontsize=10)
-    _place_legend(axes, *axes.get_legend_handles_labels(), outside=False)
+    _place_legend(axes, *axes.get_legend_handles_labels(), where="below")  # dots and bars may be anywhere
     save(figure, out)
     return figure
 
