@@ -51,7 +51,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     searches = []
     for repeat in range(arguments.searches):
         first = arguments.grid_seeds + repeat * arguments.seeds
-        search = sweep.Halving(arguments.eta, arguments.rungs)
+        search = sweep.Halving(arguments.eta, arguments.rungs, arguments.min_env_steps)
         found = sweep.execute(
             arguments.algo, seeds=range(first, first + arguments.seeds), halving=search, **common
         )
@@ -134,6 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--searches", type=int, default=5)
     parser.add_argument("--eta", type=float, default=3.0)
     parser.add_argument("--rungs", type=int, default=3, help="the last is the end of the run")
+    parser.add_argument("--min-env-steps", type=int, default=0, help="before which a search stops nothing")
     parser.add_argument("--eval-episodes", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)

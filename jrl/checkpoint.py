@@ -33,6 +33,7 @@ FORMAT = "jrl-checkpoint-1"
 _METADATA = "metadata.json"
 _ARRAYS = "arrays"
 _NUM_NAMED = 5  # differing leaves named in a message
+_PIECE_BYTES = 16 << 20  # of a leaf, compressed and written at a time: so a large replay takes no second one
 
 
 class Snapshot(NamedTuple):
@@ -49,18 +50,12 @@ class Snapshot(NamedTuple):
 
 def snapshot(state: PyTree) -> Snapshot:
     """Copy every leaf of ``state`` to host memory; waits until they are computed."""
-    arrays, leaves = {}, []
-    for path, leaf in _leaves_with_paths(state):
-        description = _describe(leaf)
-        if _is_key(leaf):
-            description["key_impl"] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        # A copy: np.asarray would alias a buffer that is donated later. What other processes hold a part of
-        # stays where it is: each writes its own.
-        shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        arrays[path] = leaf if shared else np.array(leaf)
-        leaves.append({"path": path, **description})
-    return Snapshot(arrays, leaves)
+    arrays, leaves = _described(state)
+    # A copy: np.asarray would alias a buffer that is donated later. What other processes hold a part of
+    # stays where it is: each writes its own.
+    return Snapshot(
+        {path: leaf if _is_shared(leaf) else np.array(leaf) for path, leaf in arrays.items()}, leaves
+    )
 
 
 def save(
@@ -94,7 +89,8 @@ def save(
         raise ValueError(f"step={step}: a checkpoint is saved under a number that is 0 or more.")
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint must stay; pass keep=None to keep all.")
-    held = state if isinstance(state, Snapshot) else snapshot(state)
+    # As they are, with no copy: they are written before this returns, and nothing can be donated until then.
+    arrays, leaves = state if isinstance(state, Snapshot) else _described(state)
     folder = Path(folder).absolute()
     check_path(folder)
     first = jax.process_index() == 0
@@ -106,10 +102,10 @@ def save(
         unfinished.mkdir()
     _wait_for_all("made")
     # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
-    arrays = {path: array for path, array in held.arrays.items() if array.size}
+    arrays = {path: array for path, array in arrays.items() if array.size}
     if arrays:
         with _quiet_orbax() as checkpointer:
-            checkpointer.save(unfinished / _ARRAYS, arrays)
+            checkpointer.save(unfinished / _ARRAYS, arrays, save_args=dict.fromkeys(arrays, _in_pieces()))
     _wait_for_all("written")
     final = _path(folder, step)
     if first:
@@ -117,7 +113,7 @@ def save(
             "format": FORMAT,
             "step": step,
             "metadata": metadata or {},
-            "leaves": held.leaves,
+            "leaves": leaves,
             "files": _checksums(unfinished),
         }
         write_json(unfinished / _METADATA, record)
@@ -141,6 +137,11 @@ def _wait_for_all(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"checkpoint {what}")
+
+
+def load_library() -> None:
+    """Import orbax now rather than at the first :func:`save`: a second, and 20 MiB."""
+    import orbax.checkpoint  # noqa: F401
 
 
 def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) -> PyTree:
@@ -237,6 +238,24 @@ def _leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
 
 
+def _described(state: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what :class:`Snapshot` holds, the arrays where they are."""
+    arrays, leaves = {}, []
+    for path, leaf in _leaves_with_paths(state):
+        description = _describe(leaf)
+        if _is_key(leaf):
+            description["key_impl"] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        arrays[path] = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        leaves.append({"path": path, **description})
+    return arrays, leaves
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Tell whether other processes hold a part of an array."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -254,7 +273,7 @@ def _load(leaf: dict[str, Any], arrays: dict[str, np.ndarray]) -> jax.Array:
             return jax.random.split(jax.random.key(0, impl=impl), tuple(leaf["shape"]))
         return jnp.zeros(leaf["shape"], leaf["dtype"])
     # A copy: on a CPU jax may otherwise alias NumPy's memory, and the driver donates these buffers.
-    array = jnp.array(arrays[leaf["path"]], copy=True)
+    array = jnp.array(arrays.pop(leaf["path"]), copy=True)
     return jax.random.wrap_key_data(array, impl=impl) if impl else array
 
 
@@ -379,6 +398,12 @@ def _restore_as_numpy() -> Any:
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
+def _in_pieces() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.SaveArgs(chunk_byte_size=_PIECE_BYTES)
+
+
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[Any]:
     """Open an orbax checkpointer, its informational log switched off; imported here because it is slow."""
@@ -386,9 +411,11 @@ def _quiet_orbax() -> Iterator[Any]:
     level = log.level
     import orbax.checkpoint as ocp
 
-    log.setLevel(max(level, logging.WARNING))
+    log.setLevel(max(level, logging.ERROR))  # it warns of every checkpoint that is not OCDBT
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        # One file for each piece of a leaf. In orbax's other layout (OCDBT) everything compressed is held in
+        # memory until the end, as much again as the state; what several processes write it puts together.
+        with ocp.PyTreeCheckpointer(use_ocdbt=jax.process_count() > 1) as checkpointer:
             yield checkpointer
     finally:
         log.setLevel(level)

@@ -224,18 +224,6 @@ def available_memory() -> int | None:
         return None
 
 
-def resident_memory() -> int | None:
-    """Return the bytes of main memory that this process takes now, or None where it is not Linux."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as stream:
-            for line in stream:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
 def _cores() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{os.cpu_count()}, {usable} usable by this process"

@@ -70,6 +70,7 @@ RINGS = {
     "jrl.interrupt": 3,
     "jrl.loggers": 3,
     "jrl.loop": 3,
+    "jrl.memory": 3,
     "jrl.plots": 3,
     "jrl.progress": 3,
     "jrl.records": 3,

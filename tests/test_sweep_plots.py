@@ -204,7 +204,7 @@ def test_hundreds_of_members_a_value_stay_faint():
     assert low < -900.0 < 900.0 < high  # those far from the mean are on the axes too
     (dots,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "single members"]
     assert dots.get_alpha() < 0.1
-    shown = figure.axes[0].get_legend().legend_handles[1]
+    shown = figure.legends[0].legend_handles[1]
     assert shown.get_alpha() == 0.4
 
 

@@ -36,6 +36,9 @@ class Options:
     rungs: int = 0
     """With halving: rungs, the end of the run among them; 0 for as many as leave one setting. With fewer the first
     decision is later, and several settings are trained to the end."""
+    min_env_steps: int = 0
+    """With halving: environment steps of a member before which nothing is stopped; where episodes last until a time
+    limit at first, take at least twice the limit times num_envs, or the first rung compares nothing but luck."""
     pbt: bool = False
     """Replace the worst members by changed copies of the best ones: population-based training."""
     pbt_interval: int = 0
@@ -214,10 +217,10 @@ def _halving(options: Options) -> Any:
     from jrl.sweep import search
 
     if not options.halving:
-        if options.eta != Options.eta or options.rungs:
-            raise RunError("--eta and --rungs are of successive halving; add --halving.")
+        if options.eta != Options.eta or options.rungs or options.min_env_steps:
+            raise RunError("--eta, --rungs and --min-env-steps are of successive halving; add --halving.")
         return None
-    return search.Halving(options.eta, options.rungs or None)
+    return search.Halving(options.eta, options.rungs or None, options.min_env_steps)
 
 
 def _pbt(options: Options, random: dict[str, Any]) -> Any:

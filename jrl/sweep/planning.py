@@ -21,7 +21,7 @@ from jrl.sweep import members, processes, program
 from jrl.types import PyTree
 
 USABLE_SHARE = (
-    0.8  # of the memory that is free: the evaluation, the host's copy of a checkpoint, other people
+    0.8  # of the memory that is free: the evaluation, what a checkpoint is compressed into, other people
 )
 
 
@@ -35,7 +35,8 @@ class Plan:
         width: members computed side by side on a device; None for all that it holds.
         chunk: members held at once, over all devices; each chunk runs to its end before the next one starts.
         bytes_per_member: state and hyperparameters of one member, replay included.
-        bytes_total: of the whole program with ``chunk`` members: states, temporaries and results.
+        bytes_total: of the whole program with ``chunk`` members: states, temporaries and results; where a search
+            moves members, what moving the largest array of the states takes beside the others, if that is more.
         bytes_available: what it may take; None where the system does not say.
         compile_seconds: what lowering and compiling the training took (less with a warm cache).
         env_steps: of all members together.
@@ -185,6 +186,7 @@ def compile_for(
     width: int | None,
     devices: Sequence[jax.Device],
     chunk: int | None,
+    moving: bool = False,
 ) -> tuple[Plan, Layout, Callable[..., Any]]:
     """Choose how many members are held at once, and compile their training.
 
@@ -196,6 +198,7 @@ def compile_for(
         width: members side by side; None for all of a device.
         devices: to shard over.
         chunk: members held at once; None for as many as fit.
+        moving: whether a search moves members from slot to slot, one array of the states after the other.
 
     Raises:
         RunError: not even one member on each device fits, or ``chunk`` is below 1.
@@ -213,6 +216,11 @@ def compile_for(
         where = layout(held, width, devices)
         compiled = compile_chunk(setup, state, where, length)
         taken = program_bytes(compiled) * where.mesh.size
+        if moving:
+            largest = max(jax.tree.leaves(state), key=num_bytes)
+            at_rest = where.slots * (of_member - num_bytes(largest))
+            moved = program_bytes(compile_move(where, (where.slots, *largest.shape), largest.dtype))
+            taken = max(taken, at_rest + moved * where.mesh.size)
         if chunk is not None or available is None or taken <= available:
             break
         if held == 1:
@@ -252,6 +260,14 @@ def compile_chunk(setup: Setup, state: PyTree, where: Layout, length: int) -> An
     train: Any = program.chunk(setup.algo, where.mesh, where.width, length)
     lowered = train.lower(batched(state), failed_at, batched(setup.hparams), number, number, number)
     return lowered.compile()
+
+
+def compile_move(where: Layout, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Compile ``(leaf, index [slots]) -> leaf[index]`` for an array of the states in their slots."""
+    on = program.sharding(where.mesh)
+    move = jax.jit(lambda leaf, index: leaf[index], out_shardings=on)
+    leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=on)
+    return move.lower(leaf, jax.ShapeDtypeStruct((where.slots,), jnp.int32)).compile()
 
 
 def program_bytes(compiled: Any) -> int:

@@ -21,15 +21,23 @@ class Halving:
 
     After ``env_steps / eta**(num_rungs - r)`` environment steps of rung ``r = 1 … num_rungs - 1`` the best
     ``1 / eta`` of the settings go on; a setting's score is the interquartile mean over its seeds of the training
-    return since the last rung's middle. The best ones train for all of ``env_steps``.
+    return since the last rung's middle. The best ones train for all of ``env_steps``. Which of equal ones go on is
+    drawn, not decided by their place in the grid.
+
+    A rung compares what it sees: the returns of episodes that have *ended*. Before every environment of a member has
+    ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``.
 
     Attributes:
         eta: the factor between rungs, above 1.
         num_rungs: rungs, the last of which is the end of the run; None for as many as leave one setting.
+        min_env_steps: environment steps of a member before which nothing is stopped: earlier rungs wait, and of
+            those that fall together the first one counts. Where episodes run into a time limit of ``L`` steps until
+            something is learned, take at least ``2 * L * num_envs``.
     """
 
     eta: float = 3.0
     num_rungs: int | None = None
+    min_env_steps: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eta) and self.eta > 1):
@@ -39,12 +47,18 @@ class Halving:
         if self.num_rungs is not None and self.num_rungs < 2:
             raise ValueError(f"halving(num_rungs={self.num_rungs}): needs at least 2, or it stops nothing.")
 
-    def rungs(self, num_settings: int, num_steps: int) -> list[tuple[int, int]]:
+        if isinstance(self.min_env_steps, bool) or self.min_env_steps < 0:
+            raise ValueError(
+                f"halving(min_env_steps={self.min_env_steps}): must be 0 or more environment steps."
+            )
+
+    def rungs(self, num_settings: int, num_steps: int, env_steps_per_step: int = 1) -> list[tuple[int, int]]:
         """Return ``(algorithm steps, settings that go on)`` for each rung but the last, steps ascending."""
+        earliest = max(1, -(-self.min_env_steps // env_steps_per_step))
         levels = self.num_rungs or 1 + math.floor(math.log(max(num_settings, 1), self.eta) + 1e-9)
         found: list[tuple[int, int]] = []
         for rung in range(1, levels):
-            step = max(1, round(num_steps / self.eta ** (levels - rung)))
+            step = max(earliest, round(num_steps / self.eta ** (levels - rung)))
             kept = max(1, math.floor(num_settings / self.eta**rung + 1e-9))
             if step < num_steps and kept < num_settings and (not found or step > found[-1][0]):
                 found.append((step, kept))

@@ -186,6 +186,15 @@ def test_halving_keeps_the_best_at_a_fraction_of_the_steps(devices):
         np.testing.assert_array_equal(halved.table.curves[i], full.table.curves[i])
 
 
+def test_of_equal_settings_the_place_in_the_grid_does_not_decide():
+    equal = run(
+        grid={"learning_rate": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, seeds=1, halving=sweep.Halving(2.0, 2)
+    )
+    kept = [i for i, status in enumerate(equal.table.columns["status"]) if status == "ok"]
+    assert len(kept) == 3
+    assert kept not in ([0, 1, 2], [3, 4, 5])
+
+
 def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     traced = []
 
@@ -409,6 +418,24 @@ def test_memory_is_planned_and_bounds_the_members_held(monkeypatch):
         run(config={"sizes": (4096,)})
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system says how much memory it takes")
+@pytest.mark.parametrize(
+    "changes",
+    [{"chunk": 192, "seeds": 192}, {"halving": sweep.Halving(2.0, 2), "seeds": 48}],
+    ids=["two chunks, saved", "halving"],
+)
+def test_training_takes_as_much_memory_as_planned(reference, tmp_path, changes):
+    """A process takes up to 23 MiB beside it (threads, small programs), whatever its members: 200 MiB show the rest."""
+    settings = {"config": {"sizes": (1 << 18,)}, "env_steps": 16, "eval_episodes": 1}
+    finished = run(tmp_path / "sweep" if "chunk" in changes else None, **settings | changes)
+    plan, summary = finished.plan, finished.summary
+    held = plan.chunk * plan.bytes_per_member
+    assert 96 << 20 < held < plan.bytes_total
+    assert summary["training_bytes"] == pytest.approx(plan.bytes_total, rel=0.15)
+    # a checkpoint is written from where the states are, in pieces of 16 MiB, some at a time: less than a copy of them
+    assert summary["saving_bytes"] < plan.bytes_total + (128 << 20)
+
+
 def test_a_plan_predicts_without_running():
     plan = sweep.plan(fake, env=ENV, env_steps=STEPS, seeds=5, devices=jax.devices()[:2])
     assert (plan.members, plan.devices, plan.num_chunks, plan.env_steps) == (5, 2, 1, 5 * STEPS)
@@ -526,6 +553,7 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--random", "2", "--space", "learning_rate=uniform:2:1"], "uniform(low=2, high=1): low must be below high"),
         (["--static-grid", "num_env=1"], "--static-grid num_env: Config has no such field. Nearest: num_envs"),
         (["--rungs", "3"], "add --halving"),
+        (["--min-env-steps", "3"], "add --halving"),
         (["--halving", "--rungs", "1"], "num_rungs=1): needs at least 2"),
         (["--explore", "learning_rate=0:1"], "add --pbt"),
         (["--pbt"], "--pbt: no hyperparameter to change"),

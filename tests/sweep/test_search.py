@@ -39,7 +39,21 @@ def test_rungs_keep_a_share_at_a_share_of_the_steps():
     assert work == 8100
 
 
-@pytest.mark.parametrize(("changes", "text"), [({"eta": 1.0}, "eta=1.0"), ({"num_rungs": 1}, "num_rungs=1")])
+def test_rungs_before_the_first_step_that_may_stop_wait_for_it():
+    late = search.Halving(eta=3, min_env_steps=2001)
+    assert late.rungs(27, 2700, env_steps_per_step=10) == [(201, 9), (300, 3), (900, 1)]
+    # two fall together: the first counts, which keeps more
+    assert search.Halving(eta=3, min_env_steps=600).rungs(27, 2700) == [(600, 9), (900, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"eta": 1.0}, "eta=1.0"),
+        ({"num_rungs": 1}, "num_rungs=1"),
+        ({"min_env_steps": -1}, "min_env_steps=-1"),
+    ],
+)
 def test_what_halving_refuses(changes, text):
     with pytest.raises(ValueError, match=text):
         search.Halving(**changes)
