@@ -376,8 +376,8 @@ ROWS = {
         "dqn, ilql and ppo say mat; dqn_q_error <= 0.01",
         lambda r: all(r[k].startswith("mat") for k in ("dqn", "ilql", "ppo")) and r["dqn_q_error"] <= 0.01,
     ),
-    # What a digit earns hangs on no other digit, so that γ = 0 loses nothing and its advantage is only its own. The sum
-    # is said first digit first: its carry is learned last, and by then a policy without enough entropy explores no more.
+    # What a digit earns hangs on no other digit, so that γ = 0 loses nothing and its advantage is only its own. The
+    # sum is said first digit first: the carry is learned last, when a policy of little entropy explores no more.
     "level3-addition": Row(
         level3(
             "Addition-jrl",
