@@ -96,7 +96,7 @@ def halves(
     return kept, held
 
 
-def phonemes(seed: int, steps: int = 25, rl_steps: int = 120) -> dict[str, Any]:
+def phonemes(seed: int, steps: int = 100, rl_steps: int = 100) -> dict[str, Any]:
     names, pairs = spellings()
     train_pairs, held_pairs = halves(
         pairs, NUM_HELD_OUT, lambda source: stem("".join(names[letter] for letter in source))
@@ -151,7 +151,7 @@ def phonemes(seed: int, steps: int = 25, rl_steps: int = 120) -> dict[str, Any]:
 
     config = pg.Config(variant="rloo", num_prompts=96, group_size=8, cache=True, penalty="none")
     algo = pg.make(env, config, model=models.from_transformer(env, decoder, supervised))
-    hparams = pg.HParams(learning_rate=3e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
+    hparams = pg.HParams(learning_rate=1e-4, anneal_env_steps=float(rl_steps * algo.env_steps_per_step))
     began = time.perf_counter()
     state = jax.jit(algo.init)(jax.random.key(1000 + seed), hparams)
     results["rl_curve"] = []
