@@ -225,7 +225,7 @@ def level10(name: str, num_steps: int) -> Callable[[int], dict[str, Any]]:
             name
         ]  # no one acts in the goal and the trap
         possible = jax.vmap(jax.vmap(env.step.outcomes, (None, 0, None)), (0, None, None))(
-            jnp.arange(S), jnp.arange(A), env.params
+            jnp.arange(S), jnp.arange(A), jax.tree.map(jnp.asarray, env.params)
         )
 
         def text(s: int, k: int) -> str:

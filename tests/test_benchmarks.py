@@ -19,6 +19,7 @@ import against_peers  # noqa: E402
 import decoding  # noqa: E402
 import env_stepping  # noqa: E402
 import fake_algorithm  # noqa: E402
+import ladder_applications  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
 import search  # noqa: E402
@@ -402,3 +403,27 @@ def test_learning_writes_a_curve_for_each_seed(tmp_path, monkeypatch):
     assert record["records"][0]["curve"][-1][0] == 512
     assert record["records"][0]["episodes_completed"] == 100
     assert 1 <= record["iqm"] <= 500
+
+
+def test_inflected_forms_of_a_word_are_on_one_side_of_the_split():
+    families = [
+        ["wade", "wades", "waded", "wading"],
+        ["carry", "carries", "carried", "carrying"],
+        ["lily", "lilies"],
+    ]
+    families += [["stop", "stops", "stopped", "stopping"], ["double", "doubles", "doubled", "doubling"]]
+    families += [["reply", "replies", "replied"], ["big", "bigger", "biggest"], ["go", "goes", "going"]]
+    families += [["quick", "quickly", "quicker"], ["happy", "happiness"], ["box", "boxes"], ["bus", "buses"]]
+    for family in families:
+        assert len({ladder_applications.stem(word) for word in family}) == 1, family
+    assert ladder_applications.stem("wade") != ladder_applications.stem("reply")
+    pairs = {tuple(map(ord, word)): [[1]] for family in families for word in family}
+    kept, held = ladder_applications.halves(
+        pairs, 12, lambda source: ladder_applications.stem("".join(map(chr, source)))
+    )
+    assert kept | held == pairs
+    assert not kept.keys() & held.keys()
+    assert 12 <= len(held) < 18
+    for family in families:
+        sides = {tuple(map(ord, word)) in held for word in family}
+        assert len(sides) == 1, family
