@@ -17,7 +17,7 @@ FLAT_UP_TO = 2**20
 
 
 def adam(
-    learning_rate: jax.Array | float, *, max_grad_norm: jax.Array | float, eps: float = 1e-5
+    learning_rate: jax.Array | float, *, max_grad_norm: jax.Array | float | None, eps: float = 1e-5
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980) on gradients clipped by their global norm.
 
@@ -29,11 +29,11 @@ def adam(
 
     Args:
         learning_rate: step size, may be traced.
-        max_grad_norm: the gradient is scaled down to this L2 norm over *all* its leaves, may be traced.
+        max_grad_norm: the gradient is scaled down to this L2 norm over *all* its leaves, may be traced; None: never.
         eps: Adam's ε; 1e-5 is what PPO's reference implementations use.
     """
     inner = optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
+        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(eps=eps),
         optax.scale_by_learning_rate(learning_rate),
     )

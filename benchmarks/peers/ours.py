@@ -133,7 +133,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
 
         # Plain Adam: the DQNs this is compared with clip no gradients.
         def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
-            return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
+            return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8)
 
         algo = jrl.dqn.make(env, config, optimizer=adam)
         warmup = -(-work.warmup_env_steps // algo.env_steps_per_step) * algo.env_steps_per_step
