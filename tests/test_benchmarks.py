@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+import jrl
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
@@ -19,6 +21,7 @@ import against_peers  # noqa: E402
 import decoding  # noqa: E402
 import env_stepping  # noqa: E402
 import fake_algorithm  # noqa: E402
+import floor  # noqa: E402
 import ladder_applications  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
@@ -241,6 +244,24 @@ def test_the_alternating_comparison_with_a_fake_peer(tmp_path, fake_clone):
     assert record["jrl"]["machine"]["NPROC"] == record["peer"]["machine"]["NPROC"]
     assert record["work"]["env_steps"] == 256
     assert str(tmp_path) not in line
+
+
+def test_the_floor_is_the_network_passes_of_a_step():
+    toy = {"env_steps": 200, "warmup_env_steps": 40, "batch_size": 8}
+    record = floor.measure("dqn", peers.Work(**{**peers.DEFAULTS["dqn"], **toy}), steps=2, repeats=3)
+    assert record["share"]["median"] == pytest.approx(
+        np.median([b / a for a, b in record["pairs"]]), abs=1e-3
+    )
+
+    work = peers.Work(**TOY_PPO)
+    run, params, _ = floor.network_steps("ppo", work, jrl.make(work.env), steps=2)
+    # XLA counts a loop's body once: acting, values of the rollout and of what follows it, one of the gradients, whose
+    # backward pass is two products a layer but for the first, which needs no gradient of its input.
+    weights = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    first = 2 * 4 * 64
+    batch = 4 * 16 // 2
+    products = 2 * sum(weights) * (4 + 64 + 4) + batch * (6 * sum(weights) - 2 * first)
+    assert products <= run.cost_analysis()["flops"] < 1.2 * products
 
 
 class FakeWorker:
