@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.ops.keys import HASHED, NAME
 from jrl.records import CheckpointError, CorruptCheckpointError, check_path, write_json
 from jrl.types import PyTree
 
@@ -268,6 +269,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 def _load(leaf: dict[str, Any], arrays: dict[str, np.ndarray]) -> jax.Array:
     impl = leaf.get("key_impl")
+    impl = HASHED if impl == NAME else impl  # jax finds only its own by their names
     if 0 in leaf["shape"]:
         if impl:
             return jax.random.split(jax.random.key(0, impl=impl), tuple(leaf["shape"]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import checkpoint
+from jrl import checkpoint, ops
 from jrl.records import CheckpointError
 
 
@@ -23,6 +23,7 @@ def make_state(seed=0, width=3):
         "params": {"Dense_0": {"kernel": jax.random.normal(key, (2, width)), "bias": jnp.zeros(width)}},
         "key": key,
         "keys": jax.random.split(jax.random.key(seed + 1, impl="rbg"), 3),
+        "hashed": ops.hashed(jax.random.key(seed + 2)),
         "done": jnp.array([True, False]),
         "count": jnp.array([1, 2**32 - 1], jnp.uint32),
         "small": jnp.array([-1, 7], jnp.int8),
@@ -197,7 +198,7 @@ def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path):
 
 SAVE_FOR_EVER = """
 import sys, numpy as np
-from jrl import checkpoint
+from jrl import checkpoint, ops
 step = 0
 while True:
     checkpoint.save(sys.argv[1], {"x": np.full(50_000, step, np.int32)}, step, keep=2)

@@ -20,6 +20,8 @@ from jrl.types import Array, Key
 # What a key is used for decides where its counter starts, so that its words are not the words of its children.
 BITS, SPLIT, FOLD = 0, 0x9E3779B9, 0x3C6EF372
 
+NAME = "jrl_hashed"
+
 
 def hashed(key: Key) -> Key:
     """Return a key of this generator, made of the words of ``key`` (any implementation, any shape).
@@ -81,6 +83,6 @@ HASHED = random.define_prng_impl(
     split=_split,
     random_bits=_random_bits,
     fold_in=_fold_in,
-    name="jrl_hashed",
-    tag="jrl",
+    name=NAME,
+    tag=NAME,
 )
