@@ -147,7 +147,8 @@ def successor_values(
     successors = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), successors)
     ranks = jnp.cumsum(unknown)
     # The unknown ones in a row; as jnp.nonzero does, with one cumulative sum where that needs two.
-    index = jnp.full(size, size).at[jnp.where(unknown, ranks - 1, size)].set(jnp.arange(size), mode="drop")
+    # One place more, for all that are known.
+    index = jnp.full(size + 1, size).at[jnp.where(unknown, ranks - 1, size)].set(jnp.arange(size))[:size]
     count = ranks[-1]
 
     def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
