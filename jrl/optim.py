@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from jrl.ops.schedules import linear_schedule
 from jrl.types import PyTree
@@ -24,7 +25,7 @@ def adam(
     The optimiser's state does not depend on the numbers, so they may change at every step: a step is
     ``adam(schedule(t), …).update(grads, opt_state)``.
 
-    Small networks' gradients are joined to one vector, in the state too: ten operations in place of ten for every
+    Small networks' gradients are joined to one vector, in the state too: a few operations in place of a few for every
     leaf, to compile and to launch.
 
     Args:
@@ -50,12 +51,7 @@ def adam(
 
 def global_norm(tree: PyTree) -> jax.Array:
     """Return the L2 norm over all leaves, float32 ``[]``; of small trees as one vector, which :func:`adam` shares."""
-    return optax.global_norm(flatten(tree) if _is_small(tree) else tree)
-
-
-def flatten(tree: PyTree) -> jax.Array:
-    """Return the leaves joined to one vector, as ``optax.flatten`` does."""
-    return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)])
+    return optax.global_norm(ravel_pytree(tree)[0] if _is_small(tree) else tree)
 
 
 def _is_small(tree: PyTree) -> bool:

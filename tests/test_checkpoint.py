@@ -198,7 +198,7 @@ def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path):
 
 SAVE_FOR_EVER = """
 import sys, numpy as np
-from jrl import checkpoint, ops
+from jrl import checkpoint
 step = 0
 while True:
     checkpoint.save(sys.argv[1], {"x": np.full(50_000, step, np.int32)}, step, keep=2)

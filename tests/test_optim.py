@@ -77,6 +77,12 @@ def test_one_vector_gives_what_a_tree_gives(monkeypatch):
     np.testing.assert_allclose([norm, expected_norm], 5.0, rtol=1e-6)
 
 
+def test_without_a_norm_nothing_is_clipped():
+    optimizer = optim.adam(1e-3, max_grad_norm=None)
+    _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(optax.global_norm(optax.tree.get(state, "mu")), 0.1 * 5.0, rtol=1e-5)
+
+
 def test_parameters_of_two_precisions_keep_them():
     params = {"low": jnp.ones(3, jnp.bfloat16), "high": jnp.ones(2)}
     optimizer = optim.adam(0.1, max_grad_norm=1.0)

@@ -115,7 +115,7 @@ def orthogonal(gain: float) -> Callable[..., jax.Array]:
     uniform over orthogonal matrices (Mezzadri, 2007, https://arxiv.org/abs/math-ph/0609050). The numbers are those of
     ``flax.linen.initializers.orthogonal``, with two differences in how they are computed.
 
-    The Gaussians are drawn as one row: XLA unrolls the random bits of a small matrix, four times as long to compile.
+    The Gaussians are drawn as one row: XLA unrolls the random bits of a small matrix, which takes long to compile.
     A batch is computed one by one on a CPU: XLA's QR factorisation of a batch divides itself among the threads of the
     pool that it runs in, and where they are few waits for ever for the one it runs on (jaxlib 0.10). One matrix does
     not.

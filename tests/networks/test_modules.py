@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from jrl import networks, ops
+from jrl.networks.mlp import orthogonal
 from jrl.types import Box, Discrete, MultiDiscrete
 
 BATCHES = [(), (3,), (2, 3)]
@@ -42,6 +43,13 @@ def test_mlp_is_orthogonal_with_gain_root_two_and_zero_biases():
     for layer in params.values():
         np.testing.assert_allclose(layer["kernel"].T @ layer["kernel"], 2.0 * np.eye(6), atol=1e-5)
         np.testing.assert_array_equal(layer["bias"], np.zeros(6))
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (64, 4), (16, 16), (64, 1), (3, 3, 2, 5)])
+def test_orthogonal_weights_are_those_of_flax(shape):
+    key = jax.random.key(3)
+    ours, theirs = (make(2.0)(key, shape, jnp.float32) for make in (orthogonal, nn.initializers.orthogonal))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize("activation", networks.ACTIVATIONS)

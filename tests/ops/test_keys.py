@@ -104,11 +104,23 @@ def test_draws_do_not_depend_on_the_shape_of_what_is_drawn_or_on_vmap():
         np.testing.assert_array_equal(jax.random.uniform(key, (5,)), row)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(jnp.uint8, 8), (jnp.uint16, 16)])
-def test_narrow_words_use_all_of_their_bits(dtype, bits):
-    x = np.asarray(jax.random.bits(KEY, (1 << 16,), dtype)).astype(np.int64)
-    assert abs(chi_squared(np.bincount(x >> (bits - 8), minlength=256))) < 5
-    assert x.max() == 2**bits - 1 or bits == 16
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.uint8, 8), (jnp.uint16, 16), (jnp.uint64, 64)])
+def test_words_of_other_widths_are_uniform_in_each_of_their_bytes(dtype, bits):
+    with jax.enable_x64(bits == 64):
+        x = np.asarray(jax.random.bits(KEY, (1 << 16,), dtype))
+    assert x.dtype == dtype
+    for shift in range(0, bits, 8):
+        byte = ((x >> x.dtype.type(shift)) & x.dtype.type(0xFF)).astype(np.int64)
+        assert abs(chi_squared(np.bincount(byte, minlength=256))) < 5
+
+
+def test_every_seed_is_another_key():
+    def first_words(seed):
+        return jax.random.bits(jax.random.key(seed, impl=ops.keys.HASHED), (2,))
+
+    words = np.asarray(jax.vmap(first_words)(jnp.arange(1 << 12)))
+    assert len(np.unique(words, axis=0)) == 1 << 12
+    np.testing.assert_array_equal(first_words(7), words[7])
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
