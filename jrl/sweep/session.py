@@ -79,9 +79,8 @@ class Session:
         self.draw: Callable[..., Any] | None = None  # of a population's rounds
         if self.folder is not None:
             checkpoint.load_library()
-        self.watch = (
-            memory.Watch()
-        )  # from here on: the plan is of what the training takes once it is compiled
+        # From here on: the plan is of what the training takes once it is compiled.
+        self.watch = memory.Watch()
 
     def start(self, who: np.ndarray) -> Any:
         """Initialise the members ``who``, and learn how many steps their warm-up took."""
