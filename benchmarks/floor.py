@@ -9,8 +9,8 @@
 The steps of the training and, in turn with them in one process, the forward and backward passes that such a step takes
 of the same network in the same layout at the same batch sizes: no environment, loss, replay, shuffle or optimiser, and
 of the random numbers none. ``share`` is the network's time over the step's: what a faster step would have to be faster
-at. It is no strict bound, as XLA compiles the passes anew; near 1, little else is left. One JSON line a command is appended
-to ``benchmarks/results/floor.jsonl``.
+at. It is no strict bound, as XLA compiles the passes anew; near 1, little else is left. One JSON line a command is
+appended to ``benchmarks/results/floor.jsonl``.
 """
 
 from __future__ import annotations
