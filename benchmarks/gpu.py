@@ -4,28 +4,37 @@
     python benchmarks/gpu.py --out gpu-results --toy      the same at toy size, on any machine
 
 Each stage is a process of its own with a limit of its own, so that one that fails or hangs does not lose the
-others. ``gpu.jsonl`` gets each record as soon as it is there, ``gpu.log`` what the stages print,
-``summary.json`` how each stage ended; the figures are ``bench-*.png``.
+others. Those with a goal of time compile side by side, then wait for each other and take turns; the learning
+checks, whose time says nothing, run side by side at the end. ``gpu.jsonl`` gets each record as soon as it is
+there, ``gpu.log`` what the stages print, ``summary.json`` how each stage ended; the figures are ``bench-*.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a clone suffices
 TOTAL_SECONDS = 570.0
 MAX_REPEATS = 5
+CHECKS_AT_ONCE = 8
+MEETING_SECONDS = 120.0  # how long the timed trainings wait for each other to have compiled
 EVAL_SEED = 10_000  # evaluation keys are those of seeds that no training uses
 
 
@@ -42,8 +51,13 @@ class Training:
     goal_seconds: float | None = None
     goal_return: float | None = None
     eval_episodes: int = 100
-    limit: float = 30.0
+    limit: float = 90.0
     """Seconds for compiling, repeats and evaluation."""
+    repeats: int = 1
+
+    def change(self, **config: Any) -> Training:
+        """Return the same with other static choices; the goal of the return was that of the old ones."""
+        return dataclasses.replace(self, config={**self.config, **config}, goal_return=None)
 
 
 def trainings() -> dict[str, Training]:
@@ -67,11 +81,13 @@ def trainings() -> dict[str, Training]:
             {"learning_rate": 2.5e-4, "anneal_env_steps": 5e5},
             goal_seconds=10.0,
             eval_episodes=8,
-            limit=70.0,
+            limit=100.0,
+            repeats=MAX_REPEATS,
         ),
+        # Likewise, with its network.
         "ppo-breakout-256-seeds": row(
-            "ppo-breakout-minatar", 256, goal_seconds=60.0, eval_episodes=8, limit=150.0
-        ),
+            "ppo-breakout-minatar", 256, goal_seconds=60.0, eval_episodes=8, limit=150.0, repeats=MAX_REPEATS
+        ).change(torso="mlp", hidden_sizes=(64, 64), shared_torso=False),
         "dqn-breakout-alone": Training(
             "dqn",
             "Breakout-MinAtar",
@@ -81,6 +97,7 @@ def trainings() -> dict[str, Training]:
             {"epsilon_env_steps": 1e5, "anneal_env_steps": 1e6},
             goal_seconds=20.0,
             limit=60.0,
+            repeats=MAX_REPEATS,
         ),
         **{f"learning-{name}": row(name, 10) for name in learning.ROWS if name != "ppo-breakout-minatar"},
     }
@@ -110,20 +127,37 @@ def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
             "bench-ppo": (200.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
         }
     return {
+        "bench-ppo": (100.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
         "bench-dqn": (80.0, "train update replay --algo dqn --num-envs 16 1024"),
-        "bench-ppo": (150.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
     }
 
 
 # --------------------------------------------------------------------------------------------- one training
 
 
-def train(name: str, training: Training) -> Iterator[dict[str, Any]]:
-    """Compile, then train from fresh seeds as often as the limit allows, five times at most; evaluate.
+@contextlib.contextmanager
+def turn(name: str, folder: Path | None, others: int) -> Iterator[None]:
+    """Wait until all of ``others`` are here, then for the turn: one at a time measures."""
+    if folder is None:
+        yield
+        return
+    (folder / f"{name}.ready").touch()
+    deadline = time.monotonic() + MEETING_SECONDS
+    while len(list(folder.glob("*.ready"))) < others and time.monotonic() < deadline:
+        time.sleep(0.2)
+    with (folder / "turn.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
-    Yields a record of the speed, then one of the returns: what fails last does not lose what went before.
+
+def train(
+    name: str, training: Training, folder: Path | None = None, others: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Compile, then train from fresh seeds as often as the limit allows, ``repeats`` times at most; evaluate.
+
+    Yields a record of the speed, then one of the returns: what fails last does not lose what went before. With a
+    ``folder`` it waits there until as many ``others`` have compiled, and then for its turn.
     """
-    began = time.perf_counter()
     import jax
     import numpy as np
     from learning import interquartile_mean
@@ -144,46 +178,48 @@ def train(name: str, training: Training) -> Iterator[dict[str, Any]]:
         # The policy alone: the state of all members would double the memory of a replay.
         return algo.policy(state), metrics["episode_return"]
 
+    def play(key: Any, policy: Any) -> Any:
+        stats = jrl.evaluate(key, setup.env, policy, num_episodes=training.eval_episodes)
+        return stats.episode_return.mean()
+
     def keys(repeat: int) -> Any:
         return jax.random.split(jax.random.key(repeat), training.members)
 
     compile_began = time.perf_counter()
     run = jax.jit(jax.vmap(one, in_axes=(0, None))).lower(keys(0), hparams).compile()
     compile_seconds = time.perf_counter() - compile_began
+    policies = jax.eval_shape(jax.vmap(one, in_axes=(0, None)), keys(0), hparams)[0]
+    evaluate = jax.jit(jax.vmap(play)).lower(keys(EVAL_SEED), policies).compile()
     total = training.members * (warmup + num_steps * algo.env_steps_per_step)
     seconds: list[float] = []
-    while len(seconds) < MAX_REPEATS:
-        (policy, _), taken, _ = recording.timed(lambda: run(keys(len(seconds)), hparams))
-        seconds.append(round(taken, 4))
-        print(f"{name}: {taken:.2f} s, {total / taken:,.0f} env steps/s", flush=True)
-        if time.perf_counter() - began + 1.2 * taken > 0.7 * training.limit:
-            break
-    head = {
-        "benchmark": f"gpu-{name}",
-        "time": recording.now(),
-        "commit": recording.commit(ROOT),
-        **dataclasses.asdict(training),
-        "machine": recording.machine(),
-    }
-    goal = training.goal_seconds
-    yield {
-        **head,
-        "all_env_steps": total,
-        "compile_seconds": round(compile_seconds, 2),
-        "seconds": recording.spread(seconds),
-        "env_steps_per_second": recording.spread([total / each for each in seconds], digits=1),
-        "in_time": None if goal is None else statistics.median(seconds) <= goal,
-        "temporary_bytes": run.memory_analysis().temp_size_in_bytes,
-        "load": recording.load(),
-        "repeats": seconds,
-    }
-
-    def play(key: Any, policy: Any) -> Any:
-        stats = jrl.evaluate(key, setup.env, policy, num_episodes=training.eval_episodes)
-        return stats.episode_return.mean()
-
-    eval_keys = jax.random.split(jax.random.key(EVAL_SEED), training.members)
-    returns = np.asarray(jax.jit(jax.vmap(play))(eval_keys, policy))
+    with turn(name, folder, others):
+        began = time.perf_counter()
+        while len(seconds) < training.repeats:
+            (policy, _), taken, _ = recording.timed(lambda: run(keys(len(seconds)), hparams))
+            seconds.append(round(taken, 4))
+            print(f"{name}: {taken:.2f} s, {total / taken:,.0f} env steps/s", flush=True)
+            if time.perf_counter() - began + 1.2 * taken > 0.5 * training.limit:
+                break
+        head = {
+            "benchmark": f"gpu-{name}",
+            "time": recording.now(),
+            "commit": recording.commit(ROOT),
+            **dataclasses.asdict(training),
+            "machine": recording.machine(),
+        }
+        goal = training.goal_seconds
+        yield {
+            **head,
+            "all_env_steps": total,
+            "compile_seconds": round(compile_seconds, 2),
+            "seconds": recording.spread(seconds),
+            "env_steps_per_second": recording.spread([total / each for each in seconds], digits=1),
+            "in_time": None if goal is None else statistics.median(seconds) <= goal,
+            "temporary_bytes": run.memory_analysis().temp_size_in_bytes,
+            "load": recording.load(),
+            "seconds_of_repeats": seconds,
+        }
+        returns = np.asarray(evaluate(keys(EVAL_SEED), policy))
     iqm = interquartile_mean(returns)
     goal = training.goal_return
     yield {
@@ -227,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="limit of the whole run")
     parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--meet", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     resize: Callable[[Training], Training] = toy if arguments.toy else lambda training: training
@@ -234,25 +271,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jrl.bench import recording
 
         training = resize(trainings()[arguments.train])
-        for record in train(arguments.train, training):
+        folder, others = arguments.meet or (None, 1)
+        for record in train(arguments.train, training, folder and Path(folder), int(others)):
             recording.append(out / "gpu.jsonl", record)
         return 0
 
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     flags = ["--toy"] if arguments.toy else []
-    stages = {}
-    for name, training in trainings().items():
-        training = resize(training)
-        command = [sys.executable, __file__, "--out", str(out), "--train", name, *flags]
-        stages[name] = (training.limit, command)
-    for name, (limit, words) in bench_stages(arguments.toy).items():
-        files = ["--json", str(out / "gpu.jsonl"), "--plot", str(out / f"{name}.png")]
-        stages[name] = (limit, [sys.executable, "-m", "jrl", "bench", *words.split(), *files])
-    if unknown := sorted(set(arguments.stages or ()) - set(stages)):
-        parser.error(f"unknown stage {', '.join(unknown)}: choose from {', '.join(stages)}")
+    names = list(trainings()) + list(bench_stages(arguments.toy))
+    if unknown := sorted(set(arguments.stages or ()) - set(names)):
+        parser.error(f"unknown stage {', '.join(unknown)}: choose from {', '.join(names)}")
 
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Several processes share the device: none may take all of its memory beforehand.
+    environ = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environ |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     platform = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"],
         env=environ, capture_output=True, text=True,
@@ -263,15 +296,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     ends: dict[str, Any] = {}
-    for name, (limit, command) in stages.items():
-        if arguments.stages and name not in arguments.stages:
-            continue
+    writing = threading.Lock()
+
+    def stage(name: str, limit: float, command: Sequence[str]) -> None:
         left = arguments.seconds - (time.perf_counter() - began)
         start = time.perf_counter()
         end = run_stage(command, min(limit, left), out / "gpu.log", environ) if left > 5 else "no time left"
-        ends[name] = {"end": end, "seconds": round(time.perf_counter() - start, 1)}
-        (out / "summary.json").write_text(json.dumps(ends, indent=1) + "\n")
+        with writing:
+            ends[name] = {"end": end, "seconds": round(time.perf_counter() - start, 1)}
+            (out / "summary.json").write_text(json.dumps(ends, indent=1) + "\n")
         print(f"{name}: {end} ({ends[name]['seconds']} s)", flush=True)
+
+    chosen = {
+        name: resize(training)
+        for name, training in trainings().items()
+        if not arguments.stages or name in arguments.stages
+    }
+    timed = [name for name in chosen if not name.startswith("learning-")]
+    checks = [name for name in chosen if name.startswith("learning-")]
+
+    def training_command(name: str) -> list[str]:
+        return [sys.executable, __file__, "--out", str(out), "--train", name, *flags]
+
+    with tempfile.TemporaryDirectory() as meeting, ThreadPoolExecutor(max(len(timed), 1)) as pool:
+        limit = sum(chosen[name].limit for name in timed)
+        meet = ["--meet", meeting, str(len(timed))]
+        list(pool.map(lambda name: stage(name, limit, [*training_command(name), *meet]), timed))
+    for name, (limit, words) in bench_stages(arguments.toy).items():
+        if not arguments.stages or name in arguments.stages:
+            files = ["--json", str(out / "gpu.jsonl"), "--plot", str(out / f"{name}.png")]
+            stage(name, limit, [sys.executable, "-m", "jrl", "bench", *words.split(), *files])
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+        list(pool.map(lambda name: stage(name, chosen[name].limit, training_command(name)), checks))
     print(f"{time.perf_counter() - began:.0f} s in all; records in {out / 'gpu.jsonl'}")
     return 0 if all(end["end"] == "done" for end in ends.values()) else 1
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jrl.replay import packing
 from jrl.types import Array, Environment, Key, Memory, Metrics, Network, Policy, PyTree, Transition
+
+PACK_ON = "gpu"  # the backend on which an unroll stores its small outputs as one
+UNROLL = 8  # steps there
+PACK_UP_TO = 16  # numbers of an environment and leaf
 
 
 class RolloutState(NamedTuple):
@@ -87,9 +93,54 @@ def unroll(
         )
         return state, (transition, episode_return, episode_length)
 
-    state, (transitions, episode_return, episode_length) = jax.lax.scan(body, state, step_keys)
+    if jax.default_backend() == PACK_ON:
+        state, outputs = _scan_packed(body, state, step_keys)
+    else:
+        state, outputs = jax.lax.scan(body, state, step_keys)
+    transitions, episode_return, episode_length = outputs
     ended = transitions.terminated | transitions.truncated
     return state, transitions, episode_metrics(ended, episode_return, episode_length)
+
+
+def _scan_packed(body: Callable[..., Any], state: RolloutState, keys: Key) -> tuple[RolloutState, Any]:
+    """Return what ``lax.scan(body, state, keys)`` does; it stores the small leaves of each step as one.
+
+    A scan stores each leaf of its output by a kernel of its own, which on a GPU takes as long to launch as the step of
+    a small environment takes.
+    """
+    _, spec = jax.eval_shape(body, state, jax.tree.map(lambda leaf: leaf[0], keys))
+    leaves: list[Any] = jax.tree.leaves(spec)
+    small = [_is_small(leaf) for leaf in leaves]
+    layout = packing.layout(
+        [
+            jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            for leaf, packs in zip(leaves, small, strict=True)
+            if packs
+        ]
+    )
+
+    def packed(state: RolloutState, key: Key) -> tuple[RolloutState, tuple[Array, list[Array]]]:
+        state, outputs = body(state, key)
+        these = jax.tree.leaves(outputs)
+        row = layout.pack([leaf for leaf, packs in zip(these, small, strict=True) if packs])
+        return state, (row, [leaf for leaf, packs in zip(these, small, strict=True) if not packs])
+
+    # Several steps an iteration: what a loop carries is copied once in each.
+    state, (rows, others) = jax.lax.scan(packed, state, keys, unroll=math.gcd(len(keys), UNROLL))
+    unpacked = iter(
+        leaf.reshape(*rows.shape[:2], *leaf.shape[1:])
+        for leaf in layout.unpack(rows.reshape(-1, rows.shape[-1]))
+    )
+    rest = iter(others)
+    return state, jax.tree.unflatten(
+        jax.tree.structure(spec), [next(unpacked) if packs else next(rest) for packs in small]
+    )
+
+
+def _is_small(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Return whether an output ``[B, ...]`` of a step is packed: numbers, of which each environment has few."""
+    number = leaf.dtype == jnp.bool_ or jnp.issubdtype(leaf.dtype, jnp.number)
+    return bool(number) and leaf.dtype.itemsize in (1, 4) and math.prod(leaf.shape[1:]) <= PACK_UP_TO
 
 
 def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) -> Metrics:

@@ -266,3 +266,26 @@ def test_a_time_limit_of_a_real_environment():
     np.testing.assert_allclose(metrics["episode_return"], returns.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["episode_return_min"], returns.min(), rtol=1e-5)
     np.testing.assert_allclose(metrics["episode_return_max"], returns.max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [12, 7])
+def test_an_unroll_that_packs_its_outputs_is_the_same(length, monkeypatch):
+    """Every number of every dtype, with a memory; lengths that the steps of an iteration divide and do not."""
+
+    def run():
+        return rollout.unroll(
+            jax.random.key(1), ENVS, ENV.params, COUNTING, start(counting_memory((B,))), length
+        )
+
+    plain = run()
+    monkeypatch.setattr(rollout, "PACK_ON", jax.default_backend())
+    stored = []
+    monkeypatch.setattr(
+        rollout.packing.Layout,
+        "pack",
+        lambda layout, tree, pack=rollout.packing.Layout.pack: stored.append(len(tree)) or pack(layout, tree),
+    )
+    packed = run()
+    assert min(stored, default=0) >= 5
+    assert jax.tree.structure(packed) == jax.tree.structure(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), packed, plain)

@@ -194,6 +194,7 @@ def make(
             config,
             shared_torso=config.shared_torso,
             features_first=True,
+            fuse=True,
             core=networks.memory_core(config),
         ),
     )

@@ -118,20 +118,34 @@ def _equation(equation: Any, used: Sequence[bool]) -> Work:
     name, params = equation.primitive.name, equation.params
     ins, outs = [var.aval for var in equation.invars], [var.aval for var in equation.outvars]
     if name == "scan":
-        num_carry, num_fixed = params["num_carry"], params["num_consts"] + params["num_carry"]
-        body = _jaxpr(params["jaxpr"].jaxpr, [True] * num_carry + list(used[num_carry:]))
+        inner = _open(params["jaxpr"])
+        # By the shapes, since the parameters that say so have changed: what is stacked has an axis more outside.
+        num_carry = sum(out.shape == var.aval.shape for out, var in zip(outs, inner.outvars, strict=True))
+        num_fixed = sum(one.shape == var.aval.shape for one, var in zip(ins, inner.invars, strict=True))
+        body = _jaxpr(inner, [True] * num_carry + list(used[num_carry:]))
         stacked = [aval for aval, use in zip(outs[num_carry:], used[num_carry:], strict=True) if use]
         return body * params["length"] + _moved(*ins[num_fixed:], *stacked)
     if name == "while":
-        inner = (params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr)
-        return sum((count_jaxpr(one) for one in inner), Work())
+        return count_jaxpr(_open(params["cond_jaxpr"])) + count_jaxpr(_open(params["body_jaxpr"]))
     if name == "cond":
-        return min((_jaxpr(one.jaxpr, used) for one in params["branches"]), key=_weight)
+        return min((_jaxpr(_open(one), used) for one in params["branches"]), key=_weight)
+    if name == "pallas_call":
+        # Its programs run side by side, as a batch does, and what is between its inputs and outputs stays on the chip.
+        programs = math.prod(params["grid_mapping"].grid)
+        kernel = count_jaxpr(params["jaxpr"]) * programs
+        products = {(b * programs, *shape): flops for (b, *shape), flops in kernel.products.items()}
+        return dataclasses.replace(kernel, products=products, bytes=0.0, array_bytes=0.0) + _moved(
+            *ins, *outs
+        )
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in params:
-            inner = getattr(params[key], "jaxpr", params[key])
+            inner = _open(params[key])
             return _jaxpr(inner, used if len(used) == len(inner.outvars) else [True] * len(inner.outvars))
     return _primitive(name, params, ins, outs)
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _primitive(name: str, params: Mapping[str, Any], ins: Sequence[Any], outs: Sequence[Any]) -> Work:

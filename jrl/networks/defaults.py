@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jrl.networks import mlp
+from jrl.networks import fused, mlp
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
 from jrl.networks.heads import Actor, ActorCritic, Ensemble, ImplicitQNetwork, QNetwork
@@ -52,6 +52,7 @@ def actor_critic(
     *,
     shared_torso: bool = False,
     features_first: bool = False,
+    fuse: bool = False,
     core: Any = None,
 ) -> Network:
     """Return the default PPO network of ``env``: ``obs ↦ (policy head, value)``.
@@ -62,6 +63,8 @@ def actor_critic(
         shared_torso: one torso for the policy and the value, instead of one each.
         features_first: compute large batches in the layout that is fastest on a CPU
             (:mod:`jrl.networks.mlp`); then it has no forward-mode derivative (``jax.jvp``).
+        fuse: compute an mlp without ``layer_norm`` in one kernel on a GPU (:mod:`jrl.networks.fused`); then it has a
+            first derivative only, in reverse mode.
         core: a memory between one torso and both heads, such as :class:`jrl.networks.GRU`.
     """
     torso, prepare, rank = _torso(env, config)
@@ -69,7 +72,11 @@ def actor_critic(
         return recurrent_network(
             torso(), core, ActorCritic(_identity, env.action, True), prepare, features_first=features_first
         )
-    return _network(ActorCritic(torso, env.action, shared_torso), prepare, rank, features_first)
+    module = ActorCritic(torso, env.action, shared_torso)
+    whole = None
+    if fuse and rank == 1 and not config.layer_norm and fused.enabled() and module.fits(config.hidden_sizes):
+        whole = functools.partial(module.fused, activation=config.activation)
+    return _network(module, prepare, rank, features_first, whole)
 
 
 def q_network(
@@ -200,10 +207,18 @@ def _torso(
 
 
 def _network(
-    module: nn.Module, prepare: Callable[[PyTree], jax.Array], rank: int, features_first: bool
+    module: nn.Module,
+    prepare: Callable[[PyTree], jax.Array],
+    rank: int,
+    features_first: bool,
+    whole: Callable[[PyTree, jax.Array], PyTree] | None = None,
 ) -> Network:
+    """Return the pair of functions; ``whole`` computes what the module does, from its parameters."""
+
     def apply(params: PyTree, obs: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
         x = prepare(obs)
+        if whole is not None:
+            return whole(params, x), memory
         batch = x.shape[: x.ndim - rank]
         if not (features_first and mlp.prefers_features_first(batch)):
             return module.apply(params, x), memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jrl.networks import fused
 from jrl.networks.mlp import Dense, DenseParameters, affine, batch_first
 from jrl.ops import distributions
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
@@ -62,6 +63,29 @@ class ActorCritic(nn.Module):
         value = Dense(1, 1.0)(critic_features, features_first=features_first)
         head = PolicyHead(self.action)(actor_features, features_first=features_first)
         return head, _batch_first(value, features_first)[..., 0]
+
+    def fits(self, hidden_sizes: Sequence[int]) -> bool:
+        """Return whether :meth:`fused` can compute it."""
+        return fused.fits([*hidden_sizes, _policy_outputs(self.action) + self.shared_torso])
+
+    def fused(self, params: Any, x: jax.Array, *, activation: str) -> tuple[Any, jax.Array]:
+        """Return what calling it does, ``x [..., F]``, of torsos that are an :class:`MLP`, in one kernel each."""
+        own = params["params"]
+        value, head = fused.Layer(**own["Dense_0"]), fused.Layer(**own["PolicyHead_0"]["Dense_0"])
+        actor, critic = (
+            [fused.Layer(**torso[f"Dense_{i}"]) for i in range(len(torso))]
+            for torso in (own["MLP_0"], own["MLP_0" if self.shared_torso else "MLP_1"])
+        )
+        if self.shared_torso:
+            both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), head, value)
+            out = fused.mlp([*actor, both], x, activation)
+            output, v = out[..., :-1], out[..., -1]
+        else:
+            output = fused.mlp([*actor, head], x, activation)
+            v = fused.mlp([*critic, value], x, activation)[..., 0]
+        if isinstance(self.action, Box):
+            return (output, jnp.broadcast_to(own["PolicyHead_0"]["log_std"], output.shape)), v
+        return output, v
 
 
 class QNetwork(nn.Module):
@@ -195,6 +219,18 @@ def distribution(action: ActionSpace) -> Callable[[Any], Any]:
             _box_size(shape)
             return lambda head: distributions.Normal(*head)
     raise TypeError(f"no distribution for the action space {action!r}")
+
+
+def _policy_outputs(action: ActionSpace) -> int:
+    """Return the width of a policy head's layer."""
+    match action:
+        case Discrete(n=n):
+            return n
+        case MultiDiscrete(ns=ns):
+            return sum(ns)
+        case Box(shape=shape):
+            return _box_size(shape)
+    raise TypeError(f"no policy head for the action space {action!r}")
 
 
 def _box_size(shape: tuple[int, ...]) -> int:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.ops import checks
+from jrl.ops import checks, reductions
 from jrl.ops.losses import select_action
 from jrl.types import Array, Key
 
@@ -103,7 +103,7 @@ class Categorical(NamedTuple):
             AssertionError: ``action`` is not integer or has not the batch shape.
         """
         centred = _centred(self.logits)
-        return select_action(centred, action) - jnp.log(jnp.sum(jnp.exp(centred), axis=-1))
+        return select_action(centred, action) - jnp.log(reductions.total(jnp.exp(centred)))
 
     def entropy(self) -> Array:
         """Entropy in nats.
@@ -121,7 +121,7 @@ class Categorical(NamedTuple):
         log_p, possible = _log_probs(self.logits)
         # A masked entry must not meet a product, forwards or backwards: its logarithm is near −max.
         log_p = jnp.where(possible, log_p, 0.0)
-        return -jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+        return -reductions.total(jnp.where(possible, jnp.exp(log_p) * log_p, 0.0))
 
     def mode(self) -> Array:
         """Most probable action, the first among equals.
@@ -157,7 +157,7 @@ class Categorical(NamedTuple):
         checks.same_shape(logits=self.logits, other_logits=other.logits)
         log_p, possible = _log_probs(self.logits)
         gap = jnp.where(possible, log_p - _log_probs(other.logits)[0], 0.0)
-        return jnp.sum(jnp.exp(jnp.where(possible, log_p, -jnp.inf)) * gap, axis=-1)
+        return reductions.total(jnp.exp(jnp.where(possible, log_p, -jnp.inf)) * gap)
 
 
 @jax.tree_util.register_dataclass
@@ -561,7 +561,7 @@ def _centred(logits: Array) -> Array:
     checks.floating(logits=logits)
     # In half precision the masks' lowest number is so small that a shift makes it −inf.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return logits - jax.lax.stop_gradient(reductions.largest(logits))[..., None]
 
 
 def _weights(logits: Array) -> Array:
@@ -572,7 +572,7 @@ def _log_probs(logits: Array) -> tuple[Array, Array]:
     """Log-probabilities, and where they are of positive probability."""
     centred = _centred(logits)
     weight = jnp.exp(centred)
-    return centred - jnp.log(jnp.sum(weight, axis=-1, keepdims=True)), weight > 0.0
+    return centred - jnp.log(reductions.total(weight))[..., None], weight > 0.0
 
 
 def inverse_cdf(weight: Array, uniform: Array) -> Array:

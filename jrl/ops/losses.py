@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jrl.ops import checks
+from jrl.ops import checks, reductions
 from jrl.types import Array
 
 
@@ -314,7 +314,7 @@ def select_action(q: Array, action: Array) -> Array:
     # Not a gather: its gradient is a scatter, which is slower than this select at the sizes of an action
     # space. Not a product with the one-hot row: an infinite entry elsewhere would give nan.
     chosen = jax.nn.one_hot(action, q.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(chosen, q, 0), axis=-1, dtype=q.dtype)
+    return reductions.total(jnp.where(chosen, q, 0))
 
 
 def q_target(reward: Array, discount: Array, next_q: Array) -> Array:

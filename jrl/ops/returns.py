@@ -408,5 +408,6 @@ def _accumulate(increment: Array, decay: Array, last: Array | float = 0.0) -> Ar
 
     start = jnp.broadcast_to(jnp.asarray(last, dtype), increment.shape[1:])
     rows = (increment.astype(dtype), decay.astype(dtype))
-    # Not unrolled: on a CPU 8 or 16 steps per iteration cost more to compile, and ran no faster.
-    return jax.lax.scan(step, start, rows, reverse=True)[1]
+    # On a CPU 8 or 16 steps per iteration cost more to compile, and ran no faster; on a GPU they are one kernel.
+    unroll = 16 if jax.default_backend() == "gpu" else 1
+    return jax.lax.scan(step, start, rows, reverse=True, unroll=unroll)[1]
