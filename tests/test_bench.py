@@ -18,6 +18,8 @@ from jrl.bench import calibrate, child, command, measure, options, recording, re
 from jrl.bench.work import Work, count, nbytes
 from jrl.records import RunError
 
+pytestmark = pytest.mark.optimized  # time and what the compiler says of cost
+
 # An environment of jrl's own: gymnax takes seconds to import in a fresh process.
 ENV = ["--env", "ProbeObservation-jrl"]
 TINY = [*ENV, "--num-envs", "4", "--members", "2", "--capacities", "8", "--seconds", "0.005"]

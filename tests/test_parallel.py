@@ -13,6 +13,8 @@ from jrl import checkpoint, dqn, ppo
 from jrl.envs import from_functions
 from jrl.parallel import data_parallel
 
+pytestmark = pytest.mark.optimized  # what the compiler makes of a program over several devices
+
 NUM_SHARDS = 8
 HPARAMS = ppo.HParams(env=None)
 
