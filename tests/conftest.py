@@ -22,8 +22,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Compiling is most of what the suite does, so programs of tests are compiled with few optimisations, in a third of the
-# processor time. Tests marked "optimized" (same bits, time, memory; training in the contract), and processes that tests
-# start, have all of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
+# processor time. Tests marked "optimized" (same bits, time, memory; training in the contract), and almost all processes
+# that tests start, have all of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
 ALL_OPTIMIZED = os.environ.get("JRL_TEST_OPTIMIZED", "0") == "1"
 FEW_OPTIMIZATIONS = {
     "xla_backend_optimization_level": 0,
@@ -45,6 +45,14 @@ def options_of_tests(*args, **kwargs):
 
 # JAX has a switch for some of this, jax_disable_most_optimizations, but most of the time is the emitters'.
 compiler.get_compile_options = options_of_tests
+
+
+def quickly_compiled(environ):
+    """The environment of a process that compiles as tests do, for one whose programs hardly compute."""
+    if ALL_OPTIMIZED:
+        return dict(environ)
+    flags = [f"--{name}={str(value).lower()}" for name, value in FEW_OPTIMIZATIONS.items()]
+    return {**environ, "XLA_FLAGS": " ".join([environ.get("XLA_FLAGS", ""), *flags]).strip()}
 
 
 def is_optimized(item):
