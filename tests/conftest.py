@@ -1,5 +1,6 @@
 """Settings of the whole suite: safe XLA settings before jax is imported, a compilation cache, strictness."""
 
+import collections
 import gc
 import os
 import re
@@ -13,11 +14,50 @@ xla.configure(os.environ, num_devices=8)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 CACHE = Path(os.environ.get("JRL_TEST_CACHE", Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Compiling is most of what the suite does, so programs of tests are compiled with few optimisations, in a third of the
+# processor time. Tests marked "optimized" (same bits, time, memory; training in the contract), and almost all processes
+# that tests start, have all of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
+ALL_OPTIMIZED = os.environ.get("JRL_TEST_OPTIMIZED", "0") == "1"
+FEW_OPTIMIZATIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,  # each worker has one core
+}
+optimized = ALL_OPTIMIZED
+options_of_jax = compiler.get_compile_options
+
+
+def options_of_tests(*args, **kwargs):
+    """JAX's own compile options and, unless a test wants all optimisations, those that compile fast."""
+    options = options_of_jax(*args, **kwargs)
+    if not optimized and jax.default_backend() == "cpu":
+        chosen = dict(options.env_option_overrides)
+        options.env_option_overrides = list((FEW_OPTIMIZATIONS | chosen).items())
+    return options
+
+
+# JAX has a switch for some of this, jax_disable_most_optimizations, but most of the time is the emitters'.
+compiler.get_compile_options = options_of_tests
+
+
+def quickly_compiled(environ):
+    """The environment of a process that compiles as tests do, for one whose programs hardly compute."""
+    if ALL_OPTIMIZED:
+        return dict(environ)
+    flags = [f"--{name}={str(value).lower()}" for name, value in FEW_OPTIMIZATIONS.items()]
+    return {**environ, "XLA_FLAGS": " ".join([environ.get("XLA_FLAGS", ""), *flags]).strip()}
+
+
+def is_optimized(item):
+    return ALL_OPTIMIZED or item.get_closest_marker("optimized") is not None
+
 
 # Modules whose tests share nothing (most are processes of their own): each test goes to the worker that is free.
 SPREAD = ("test_readme", "test_resume", "test_processes", "test_notebooks", "test_cli", "test_hang")
@@ -37,10 +77,32 @@ def scope(nodeid):
     return path
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Under pytest-xdist: the longest scopes first, so that no worker is left alone with one at the end.
+
+    Those compiled with all optimisations follow each other: a change of that forgets what was compiled.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    scopes = collections.defaultdict(list)
+    for item in items:
+        scopes[scope(item.nodeid)].append(item)
+
+    def order(item):
+        name = scope(item.nodeid)
+        spread = Path(item.nodeid.partition("::")[0]).stem in SPREAD
+        return not spread, not all(map(is_optimized, scopes[name])), -len(scopes[name]), name
+
+    items.sort(key=order)  # stable: within a scope as collected
+
+
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is nothing to schedule
 def pytest_xdist_make_scheduler(config, log):
     """Keep tests that share compiled programs in one worker."""
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # done above
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
@@ -49,13 +111,21 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, which compile too
+def pytest_runtest_setup(item):
+    """Compile as the test wants it."""
+    global optimized
+    optimized = is_optimized(item)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Between scopes: forget compiled programs once there are many, hide what remains from the collector."""
+    """Between scopes: forget programs compiled otherwise or once there are many, hide the rest from the collector."""
     if nextitem is not None and scope(item.nodeid) == scope(nextitem.nodeid):
         return
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+    many = maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS
+    if many or (nextitem is not None and is_optimized(nextitem) != is_optimized(item)):
         jax.clear_caches()
         gc.unfreeze()
         gc.collect()

@@ -66,6 +66,7 @@ def lines(path):
 # ------------------------------------------------------------------------------------------- what is counted
 
 
+@pytest.mark.optimized
 def test_products_are_those_of_xla():
     def forward(x, w, v):
         return jnp.tanh(x @ w) @ v
@@ -80,6 +81,7 @@ def test_products_are_those_of_xla():
     assert work.transcendentals == xla["transcendentals"]
 
 
+@pytest.mark.optimized
 def test_a_loop_counts_as_often_as_it_runs_and_unused_results_do_not():
     w = jnp.ones((4, 4))
 
@@ -136,6 +138,7 @@ def test_work_adds_multiplies_and_subtracts():
 # --------------------------------------------------------------------------------------------- what is timed
 
 
+@pytest.mark.optimized
 def test_calibration_measures_rates(monkeypatch):
     monkeypatch.setattr(calibrate, "RUNS", 2)
     monkeypatch.setattr(calibrate, "_large_product", lambda: (1, 64, 64, 64))
@@ -229,6 +232,7 @@ def test_dqn_and_its_replay(same_rate, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1_000
 
 
+@pytest.mark.optimized
 def test_memory_and_compile(tmp_path, monkeypatch, capsys):
     """Compile in two fresh processes instead of ten, memory in this one instead of in a fresh one."""
     both = recording.compile_cold_and_cached

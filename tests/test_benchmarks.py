@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -197,7 +198,8 @@ def test_texts_side_by_side_are_written_and_learned_from():
 
 def run_script(*arguments, tmp_path):
     command = [sys.executable, str(FOLDER / arguments[0]), *map(str, arguments[1:]), "--out", str(tmp_path)]
-    return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=200)
+    environ = conftest.quickly_compiled(os.environ)
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=200)
 
 
 @pytest.fixture
@@ -305,6 +307,7 @@ def test_compile_and_memory_are_those_of_fresh_processes(fake_clone, monkeypatch
     assert [row["jrl"]["seed"] for row in record["pairs"]] == [0, 1]
 
 
+@pytest.mark.optimized
 def test_the_programs_bytes_and_the_processs_peak():
     x = jax.ShapeDtypeStruct((1000,), np.float32)
     _, facts = protocol.compile_program(jax.jit(lambda x: x + 1), x)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 import jrl
 from jrl import ppo
 
+pytestmark = pytest.mark.optimized  # what a user runs must not hang
+
 
 @pytest.fixture(scope="module")
 def member():

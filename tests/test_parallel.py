@@ -65,7 +65,13 @@ def assert_close(a, b, rtol=1e-4):
 
 
 @pytest.mark.parametrize(
-    ("case", "num_devices"), [("discrete", 2), ("discrete", 8), ("continuous", 8), ("gru", 2)]
+    ("case", "num_devices"),
+    [
+        pytest.param("discrete", 2, marks=pytest.mark.optimized),
+        pytest.param("discrete", 8, marks=pytest.mark.optimized),
+        ("continuous", 8),
+        ("gru", 2),
+    ],
 )
 def test_the_same_run_on_any_number_of_devices(case, num_devices):
     one, several = run(case, 1), run(case, num_devices)
@@ -94,6 +100,7 @@ def test_a_memory_is_split_with_its_environments():
     assert several.first_metrics["num_episodes"] > 0  # at whose ends it was reset
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("num_devices", [2, 8])
 def test_the_loop_exchanges_one_vector_a_minibatch_and_no_data(num_devices):
     text = run("discrete", num_devices).compiled.as_text()
@@ -188,6 +195,7 @@ def test_what_cannot_be_split_says_so():
         data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
 
 
+@pytest.mark.optimized
 def test_one_shard_is_the_run_in_one_piece():
     one = data_parallel(CASES["discrete"], jax.devices()[:1])
     whole = CASES["discrete"]()

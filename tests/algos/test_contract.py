@@ -178,7 +178,9 @@ def test_save_restore_continue_equals_continue(kernel, tmp_path):
 
 
 @one_case_of_each
+@pytest.mark.optimized
 def test_train_is_step_repeated_and_works_inside_jit(kernel):
+    """The one program here that is compiled as a user has it: its numbers are those of the others, too."""
     state, metrics = jax.jit(lambda state: jrl.train(kernel.algo, state, kernel.hparams, num_steps=2))(
         kernel.start
     )

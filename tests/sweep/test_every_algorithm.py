@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "algos"))
 
 from cases import CASES, environment
 
+pytestmark = pytest.mark.optimized  # bits of different programs
+
 # The first case of each module, but of the two that test_guarantees has. Compiling each three times over takes minutes:
 # most are slow tests.
 QUICK = (jrl.reinforce, jrl.tabular, jrl.linear)

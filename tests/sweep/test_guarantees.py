@@ -11,6 +11,8 @@ import jrl
 from jrl import configuration, sweep
 from jrl.sweep import members, program
 
+pytestmark = pytest.mark.optimized  # bits of different programs
+
 NUM_STEPS = 3
 ENV = jrl.make("CartPole-v1")
 

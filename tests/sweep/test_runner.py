@@ -22,6 +22,8 @@ from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
 from jrl.records import RunError
 from jrl.sweep import groups
 
+pytestmark = pytest.mark.optimized  # bits of different programs, and memory
+
 ENV = fake.environment()
 STEPS = 8 * 60  # 60 algorithm steps, chunks of 1
 
