@@ -69,3 +69,24 @@ def test_interquartile_mean():
     values = np.array([5.0, 1.0, 9.0, 2.0, 7.0])
     # Weights of 5 values: 1.25 off each end, so 0, 0.75, 1, 0.75, 0.
     assert learning.interquartile_mean(values) == pytest.approx((0.75 * 2 + 5 + 0.75 * 7) / 2.5)
+
+
+@pytest.mark.parametrize(
+    ("work", "stage"),
+    [
+        ("PPO CartPole, 2,048 seeds", "gpu-ppo-cartpole-2048-seeds"),
+        ("PPO Breakout-MinAtar, 256 seeds", "gpu-ppo-breakout-256-seeds"),
+        ("DQN Breakout-MinAtar, one seed", "gpu-dqn-breakout-alone"),
+    ],
+)
+def test_the_table_of_the_gpu_is_that_of_its_records(work, stage):
+    lines = (ROOT / "benchmarks" / "results" / "gpu.jsonl").read_text().splitlines()
+    records = {record["benchmark"]: record for record in map(json.loads, lines)}
+    speed, returns = records[stage], records[f"{stage}-return"]
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {work}")]
+    _, _, seconds, rate, iqm, _ = map(str.strip, row.split("|"))
+    assert float(seconds.removesuffix(" s")) == pytest.approx(speed["seconds"]["median"], abs=0.05)
+    millions = speed["env_steps_per_second"]["median"] / 1e6
+    assert float(rate.removesuffix(" M")) == pytest.approx(millions, rel=0.01)
+    assert iqm == f"{returns['iqm']:.1f}"
+    assert "H100" in speed["machine"]["device_kind"]
