@@ -120,6 +120,7 @@ def test_the_loop_exchanges_one_vector_a_minibatch_and_no_data(num_devices):
     assert max(sizes) == NUM_SHARDS * num_metrics < 64 * 4
 
 
+@pytest.mark.optimized  # the same bits as "discrete" above
 def test_it_starts_as_the_run_in_one_piece_does_and_counts_its_steps():
     whole = CASES["discrete"]()
     several = run("discrete", 8)
