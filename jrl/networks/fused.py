@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 
 from jrl.networks.mlp import ACTIVATIONS
 
+ALLOWED = True  # set to False before a network is made, and it goes layer by layer
 WIDEST = 128  # units: the weights' gradients of a wider layer do not fit the registers
 WIDEST_INPUT = 64  # a wider first layer is left to XLA, whose product is then large enough
 BLOCK = 64  # rows at a time
@@ -37,8 +37,8 @@ class Layer(NamedTuple):
 
 
 def enabled() -> bool:
-    """Return whether networks use it: on NVIDIA's GPUs from Ampere on, unless the environment's ``JRL_FUSED`` is 0."""
-    if jax.default_backend() != "gpu" or os.environ.get("JRL_FUSED", "1") == "0":
+    """Return whether networks use it: on NVIDIA's GPUs from Ampere on, if :data:`ALLOWED`."""
+    if jax.default_backend() != "gpu" or not ALLOWED:
         return False
     # JAX says that it will give up this backend of Pallas some day: then networks go layer by layer again.
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:

@@ -106,7 +106,7 @@ def test_it_is_for_gpus_and_can_be_turned_off(monkeypatch):
     device.compute_capability = "7.5"
     assert not fused.enabled()
     device.compute_capability = "9.0"
-    monkeypatch.setenv("JRL_FUSED", "0")
+    monkeypatch.setattr(fused, "ALLOWED", False)
     assert not fused.enabled()
 
 
