@@ -33,17 +33,11 @@ class PolicyHead(nn.Module):
         def linear(size: int) -> jax.Array:
             return _batch_first(Dense(size, 0.01)(features, features_first=features_first), features_first)
 
-        match self.action:
-            case Discrete(n=n):
-                return linear(n)
-            case MultiDiscrete(ns=ns):
-                return linear(sum(ns))
-            case Box(shape=shape):
-                size = _box_size(shape)
-                mean = linear(size)
-                log_std = self.param("log_std", nn.initializers.zeros_init(), (size,))
-                return mean, jnp.broadcast_to(log_std, mean.shape)
-        raise TypeError(f"no policy head for the action space {self.action!r}")
+        output = linear(_policy_outputs(self.action))
+        if not isinstance(self.action, Box):
+            return output
+        log_std = self.param("log_std", nn.initializers.zeros_init(), output.shape[-1:])
+        return output, jnp.broadcast_to(log_std, output.shape)
 
 
 class ActorCritic(nn.Module):
