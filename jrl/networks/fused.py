@@ -12,7 +12,6 @@ TF32 unless that says otherwise, as XLA's have; tanh is then rounded likewise.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +39,11 @@ def enabled() -> bool:
     """Return whether networks use it: on NVIDIA's GPUs from Ampere on, if :data:`ALLOWED`."""
     if jax.default_backend() != "gpu" or not ALLOWED:
         return False
-    # JAX says that it will give up this backend of Pallas some day: then networks go layer by layer again.
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+    try:
+        from jax.experimental.pallas import triton  # noqa: F401
+    except (
+        ImportError
+    ):  # JAX says that it will give up this backend some day: then networks go layer by layer again
         return False
     return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 8.0
 
@@ -243,8 +245,8 @@ def _forward(activation: str, from_input: bool, layers: tuple[Layer, ...], x: ja
 
 def _backward(
     activation: str, from_input: bool, layers: tuple[Layer, ...], x: jax.Array, grad: jax.Array
-) -> tuple[tuple[Layer, ...], jax.Array]:
-    """Return the gradients of the layers, and that of ``x`` unless ``from_input``."""
+) -> tuple[tuple[Layer, ...], jax.Array | None]:
+    """Return the gradients of the layers, and that of ``x``, or None if ``from_input``."""
     from jax.experimental import pallas
 
     act = _activation(activation)
@@ -306,4 +308,4 @@ def _backward(
         name="mlp_backward",
     )(x, grad, *leaves)
     totals = [leaf[0] if num_chunks == 1 else leaf.sum(0) for leaf in grads[: len(leaves)]]
-    return jax.tree.unflatten(jax.tree.structure(layers), totals), x if from_input else grads[-1]
+    return jax.tree.unflatten(jax.tree.structure(layers), totals), None if from_input else grads[-1]
