@@ -127,7 +127,7 @@ def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
             "bench-ppo": (200.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
         }
     return {
-        "bench-ppo": (100.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
+        "bench-ppo": (150.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
         "bench-dqn": (80.0, "train update replay --algo dqn --num-envs 16 1024"),
     }
 

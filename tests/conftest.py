@@ -21,9 +21,9 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Compiling is most of what the suite does, so programs of tests are compiled with few optimisations, in a third of the
-# processor time. Tests marked "optimized" (same bits, time, memory; training in the contract), and almost all processes
-# that tests start, have all of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
+# Compiling is most of what the suite does, so programs of tests are compiled with few optimisations. Tests marked
+# "optimized" (same bits, time, memory; training in the contract), and almost all processes that tests start, have all
+# of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
 ALL_OPTIMIZED = os.environ.get("JRL_TEST_OPTIMIZED", "0") == "1"
 FEW_OPTIMIZATIONS = {
     "xla_backend_optimization_level": 0,
