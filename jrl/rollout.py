@@ -57,7 +57,8 @@ def unroll(
     as it started the first.
 
     Args:
-        key: consumed; all keys of the unroll are drawn from it at once, which is cheaper than a split a step.
+        key: consumed; all keys of the unroll are drawn from it at once, which is cheaper than a split a step. Or
+            these keys, ``[T, 2]``, where a caller has drawn them with others (:func:`jrl.ops.split_keys`).
         env: vectorised over ``B`` environments.
         env_params: its parameters.
         policy: what acts; its ``extras`` are recorded.
@@ -67,7 +68,7 @@ def unroll(
     Returns:
         The new state, the transitions ``[T, B, ...]``, and the :func:`episode_metrics` of these steps.
     """
-    step_keys = jax.random.split(key, (length, 2))
+    step_keys = key if key.shape else jax.random.split(key, (length, 2))
 
     def body(state: RolloutState, keys: Key) -> tuple[RolloutState, tuple[Transition, Array, Array]]:
         action, memory, extras = policy(keys[0], state.obs, state.memory)

@@ -190,10 +190,10 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key = jax.random.split(state.key)
+        next_key, unroll_keys = ops.split_keys(state.key, (), (config.unroll_length, 2))
         env_params = env.params if hparams.env is None else hparams.env
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key, envs, env_params, Policy(act, state.params), state.rollout, config.unroll_length
+            unroll_keys, envs, env_params, Policy(act, state.params), state.rollout, config.unroll_length
         )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         gradient_step = optimizer(hparams, learning_rate).update

@@ -384,7 +384,9 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        next_key, unroll_keys, update_keys = ops.split_keys(
+            state.key, (), (config.unroll_length, 2), (config.num_updates,)
+        )
         env_steps = ops.counter.to_float(state.env_steps)
         epsilon = ops.linear_schedule(
             env_steps,
@@ -395,7 +397,7 @@ def make(
         )
         learning_rate = annealed_learning_rate(hparams, env_steps)
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key,
+            unroll_keys,
             envs,
             env.params if hparams.env is None else hparams.env,
             explorer(state.params, state.support, epsilon, hparams),
@@ -412,7 +414,7 @@ def make(
         state, metrics = jax.lax.scan(
             lambda state, key: update(state, key, hparams, env_steps, learning_rate),
             state,
-            jax.random.split(update_key, config.num_updates),
+            update_keys,
         )
         if not config.polyak:
             target_params, since_target = off_policy.copy_periodically(

@@ -355,10 +355,10 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        next_key, unroll_keys, update_key = ops.split_keys(state.key, (), (config.unroll_length, 2), ())
         behaviour = Policy(act, (state.params, state.observation_statistics), network.init_memory)
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key, envs, env_params(hparams), behaviour, state.rollout, config.unroll_length
+            unroll_keys, envs, env_params(hparams), behaviour, state.rollout, config.unroll_length
         )
         reward, reward_scaling = transitions.reward, state.reward_scaling
         if config.normalize_rewards:

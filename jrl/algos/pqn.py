@@ -219,7 +219,7 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        next_key, unroll_keys, update_key = ops.split_keys(state.key, (), (config.unroll_length, 2), ())
         env_steps = ops.counter.to_float(state.env_steps)
         epsilon = ops.linear_schedule(
             env_steps,
@@ -230,7 +230,7 @@ def make(
         )
         learning_rate = annealed_learning_rate(hparams, env_steps)
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key,
+            unroll_keys,
             envs,
             env_params(hparams),
             Policy(act, (state.params, epsilon)),

@@ -232,9 +232,9 @@ def make(
             "q": q.mean(),
         }
 
-    def update(state: State, key: Key, hparams: HParams, learning_rate: Array) -> tuple[State, Metrics]:
+    def update(state: State, keys: Key, hparams: HParams, learning_rate: Array) -> tuple[State, Metrics]:
         """Take one gradient step on one batch from the replay."""
-        sample_key, target_key, loss_key = jax.random.split(key, 3)
+        sample_key, target_key, loss_key = keys
         sample = replay.uniform.sample(sample_key, state.replay, config.batch_size, config.num_envs, 1)
         target = targets(state, sample, target_key, hparams)
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, sample, target, loss_key, hparams)
@@ -247,12 +247,14 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        next_key, unroll_keys, update_keys = ops.split_keys(
+            state.key, (), (config.unroll_length, 2), (config.num_updates, 3)
+        )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         env_params = env.params if hparams.env is None else hparams.env
         behaviour = Policy(act, state.params["actor"])
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key, envs, env_params, behaviour, state.rollout, config.unroll_length
+            unroll_keys, envs, env_params, behaviour, state.rollout, config.unroll_length
         )
         state = dataclasses.replace(
             state,
@@ -262,9 +264,9 @@ def make(
             key=next_key,
         )
         state, metrics = jax.lax.scan(
-            lambda state, key: update(state, key, hparams, learning_rate),
+            lambda state, keys: update(state, keys, hparams, learning_rate),
             state,
-            jax.random.split(update_key, config.num_updates),
+            update_keys,
         )
         metrics = jax.tree.map(jnp.mean, metrics) | {"learning_rate": learning_rate}
         return state, episode_metrics | metrics

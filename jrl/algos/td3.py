@@ -226,11 +226,11 @@ def make(
             opt_state=state.opt_state | {name: opt_state},
         )
 
-    def update(state: State, key: Key, hparams: HParams, learning_rate: Array) -> tuple[State, Metrics]:
+    def update(state: State, keys: Key, hparams: HParams, learning_rate: Array) -> tuple[State, Metrics]:
         """Take policy_delay gradient steps of the critics, each on a batch of its own, and one of the policy."""
 
-        def update_critic(state: State, key: Key) -> tuple[State, tuple[replay.Sample, Metrics]]:
-            sample_key, noise_key = jax.random.split(key)
+        def update_critic(state: State, keys: Key) -> tuple[State, tuple[replay.Sample, Metrics]]:
+            sample_key, noise_key = keys
             sample = replay.uniform.sample(sample_key, state.replay, config.batch_size, config.num_envs, 1)
             target = targets(state, sample, noise_key, hparams)
             (loss, q), grads = jax.value_and_grad(critic_loss, has_aux=True)(
@@ -241,7 +241,7 @@ def make(
             state = dataclasses.replace(state, target_params=target_params)
             return state, (sample, {"critic_loss": loss, "q": q, "grad_norm": global_norm(grads)})
 
-        state, (samples, metrics) = jax.lax.scan(update_critic, state, jax.random.split(key, policy_delay))
+        state, (samples, metrics) = jax.lax.scan(update_critic, state, keys)
         last = jax.tree.map(lambda leaf: leaf[-1], samples)
         loss, grads = jax.value_and_grad(actor_loss)(state.params["actor"], state.params["critic"], last)
         state = gradient_step(state, "actor", grads, hparams, learning_rate)
@@ -250,13 +250,15 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, update_key = jax.random.split(state.key, 3)
+        next_key, unroll_keys, update_keys = ops.split_keys(
+            state.key, (), (config.unroll_length, 2), (config.num_updates // policy_delay, policy_delay, 2)
+        )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         env_params = env.params if hparams.env is None else hparams.env
         acting = (state.params["actor"], hparams.exploration_noise, hparams.noise_correlation)
         behaviour = Policy(explore, acting, init_noise)
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_key, envs, env_params, behaviour, state.rollout, config.unroll_length
+            unroll_keys, envs, env_params, behaviour, state.rollout, config.unroll_length
         )
         state = dataclasses.replace(
             state,
@@ -266,9 +268,9 @@ def make(
             key=next_key,
         )
         state, metrics = jax.lax.scan(
-            lambda state, key: update(state, key, hparams, learning_rate),
+            lambda state, keys: update(state, keys, hparams, learning_rate),
             state,
-            jax.random.split(update_key, config.num_updates // policy_delay),
+            update_keys,
         )
         metrics = jax.tree.map(jnp.mean, metrics) | {"learning_rate": learning_rate}
         return state, episode_metrics | metrics

@@ -12,7 +12,7 @@ from jrl.ops.exploration import (
     persistent_epsilon_greedy,
     ucb_policy,
 )
-from jrl.ops.keys import hashed
+from jrl.ops.keys import hashed, split_keys
 from jrl.ops.losses import (
     adapted_kl_coef,
     approx_kl,
@@ -118,6 +118,7 @@ __all__ = [
     "select_action",
     "shuffled_indices",
     "soft_value",
+    "split_keys",
     "standardize",
     "td_error",
     "ucb_policy",

@@ -9,6 +9,7 @@ is how to have it everywhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -35,6 +36,28 @@ def hashed(key: Key) -> Key:
         raise TypeError(f"hashed({key!r}): needs a typed key, as jax.random.key(seed) makes it.")
     # Of implementations with four words (rbg) either half is a key by itself.
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl=HASHED)
+
+
+def split_keys(key: Key, *shapes: tuple[int, ...]) -> list[Key]:
+    """Return keys of several shapes, all from one draw.
+
+    ::
+
+        next_key, unroll_keys, update_keys = split_keys(key, (), (length, 2), (num_updates,))
+
+    As ``jax.random.split`` of them all, cut into parts: on a CPU each draw of Threefry is a loop of its own, so that
+    splitting what was split takes longer, and much longer to compile, than splitting once.
+
+    Args:
+        key: consumed.
+        *shapes: of the parts, ``()`` for a single key.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    keys = jax.random.split(key, sum(sizes))
+    ends = itertools.accumulate(sizes)
+    return [
+        keys[end - size : end].reshape(shape) for end, size, shape in zip(ends, sizes, shapes, strict=True)
+    ]
 
 
 def _hash(x: Array) -> Array:

@@ -130,3 +130,13 @@ def test_any_typed_key_can_be_hashed_and_others_are_refused(impl):
     assert len(np.unique(np.asarray(jax.random.key_data(keys)), axis=0)) == 4
     with pytest.raises(TypeError, match="needs a typed key"):
         ops.hashed(jnp.zeros(2, jnp.uint32))
+
+
+@pytest.mark.parametrize("hash_it", [False, True])
+def test_keys_of_several_shapes_are_those_of_one_split(hash_it):
+    key = ops.hashed(jax.random.key(3)) if hash_it else jax.random.key(3)
+    parts = ops.split_keys(key, (), (2, 3), (0,), (4,))
+    assert [part.shape for part in parts] == [(), (2, 3), (0,), (4,)]
+    data = np.concatenate([np.asarray(jax.random.key_data(part)).reshape(-1, 2) for part in parts])
+    np.testing.assert_array_equal(data, jax.random.key_data(jax.random.split(key, 11)))
+    assert len(np.unique(data, axis=0)) == 11
