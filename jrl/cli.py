@@ -183,6 +183,7 @@ def train(args: Sequence[str]) -> int:
         seed=options.seed,
         out=out,
         env_kwargs=env_kwargs,
+        prng=options.prng,
         eval_episodes=options.eval_episodes,
         checkpoint_every=options.checkpoint_every,
         checkpoint_seconds=options.checkpoint_seconds,

@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import _ALGORITHMS
+from jrl import _ALGORITHMS, ops
 from jrl.records import RunError, plain
 from jrl.types import Algorithm, Environment, PyTree
 
 ALGORITHMS = _ALGORITHMS
 """Name on the command line and in ``run.json`` -> module with ``make``, ``Config`` and ``HParams``."""
+
+PRNGS = ("threefry", "hashed")
+"""Generators: JAX's own, and the cheap one of :func:`jrl.ops.hashed`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Setup:
         module: module it comes from, None where it was given as an object.
         env_id: id it was made from, None where an environment was given as an object.
         env_kwargs: keyword arguments of :func:`jrl.make`.
+        prng: the generator that ``algo`` draws from, one of :data:`PRNGS`.
     """
 
     algo: Algorithm
@@ -46,6 +50,7 @@ class Setup:
     module: str | None
     env_id: str | None
     env_kwargs: dict[str, Any]
+    prng: str = "threefry"
 
 
 def build(
@@ -55,6 +60,7 @@ def build(
     config: Any = None,
     hparams: Any = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    prng: str = "threefry",
 ) -> Setup:
     """Make the algorithm for the environment; nothing is computed.
 
@@ -66,13 +72,16 @@ def build(
         hparams: an ``HParams``, a mapping of the fields to change, or None; ``hparams.env=None`` means the
             environment's own parameters.
         env_kwargs: keyword arguments of :func:`jrl.make`.
+        prng: ``"threefry"``, JAX's own generator, or ``"hashed"``, the cheap one of :func:`jrl.ops.hashed`.
 
     Raises:
-        ValueError: an unknown algorithm, environment or field, or a value that the algorithm refuses.
+        ValueError: an unknown algorithm, environment, field or generator, or a value that the algorithm refuses.
         TypeError: something of another type.
     """
     from jrl.envs import make
 
+    if prng not in PRNGS:
+        raise RunError(f"prng={prng!r}: expected {' or '.join(PRNGS)}.")
     env_kwargs = dict(env_kwargs or {})
     environment = make(env, **env_kwargs)
     env_id = env if isinstance(env, str) else None
@@ -83,12 +92,13 @@ def build(
                 "to its make)."
             )
         numbers = _fill_env(hparams, environment)
-        return Setup(algorithm, environment, None, numbers, "algorithm", None, env_id, env_kwargs)
+        algo = _drawing_from(prng, algorithm)
+        return Setup(algo, environment, None, numbers, "algorithm", None, env_id, env_kwargs, prng)
     module = load(algorithm)
     config = _instance(module.Config, config, "config")
     hparams = _fill_env(_instance(module.HParams, hparams, "hparams"), environment)
     # HParams first: a bad number should be named before a network is built.
-    algo = module.make(environment, config)
+    algo = _drawing_from(prng, module.make(environment, config))
     name = next((n for n, m in ALGORITHMS.items() if m == getattr(module, "__name__", None)), None)
     return Setup(
         algo=algo,
@@ -99,7 +109,15 @@ def build(
         module=ALGORITHMS[name] if name else None,
         env_id=env_id,
         env_kwargs=env_kwargs,
+        prng=prng,
     )
+
+
+def _drawing_from(prng: str, algo: Algorithm) -> Algorithm:
+    """Return the algorithm with the generator of the key it begins with, from which all others are split."""
+    if prng == "threefry":
+        return algo
+    return algo._replace(init=lambda key, hparams: algo.init(ops.hashed(key), hparams))
 
 
 def load(algorithm: Any) -> Any:
@@ -219,7 +237,9 @@ def _number(name: str, value: str | float, default: np.ndarray) -> Any:
 def to_json(setup: Setup) -> dict[str, Any]:
     """Return everything :func:`from_json` needs, as JSON values."""
     config = None if setup.config is None else plain(_fields(setup.config))
-    return {
+    # Left out where it is what runs of before had.
+    prng = {} if setup.prng == "threefry" else {"prng": setup.prng}
+    return prng | {
         "algorithm": {"name": setup.algorithm, "module": setup.module},
         "environment": {"id": setup.env_id, "name": setup.env.name, "kwargs": plain(setup.env_kwargs)},
         "config": config,
@@ -268,6 +288,7 @@ def from_json(
         config=config,
         hparams=hparams,
         env_kwargs=record["environment"]["kwargs"] if env is None else None,
+        prng=record.get("prng", "threefry"),
     )
     return dataclasses.replace(setup, hparams=_restore_numbers(setup.hparams, record["hparams"]))
 

@@ -81,6 +81,7 @@ def run(
     seed: int = 0,
     out: str | os.PathLike | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    prng: str = "threefry",
     eval_episodes: int = 100,
     checkpoint_every: int | None = None,
     checkpoint_seconds: float | None = 60.0,
@@ -109,6 +110,7 @@ def run(
         seed: everything random follows from it.
         out: run folder, new or empty; None writes no files.
         env_kwargs: keyword arguments for :func:`jrl.make`.
+        prng: ``"threefry"``, JAX's own generator, or ``"hashed"``, a cheap one (:func:`jrl.ops.hashed`).
         eval_episodes: episodes of the final evaluation; 0 leaves it out.
         checkpoint_every: environment steps between two checkpoints; None saves by time only.
         checkpoint_seconds: seconds between two checkpoints (longer where saving is slow, so that it takes at
@@ -129,7 +131,9 @@ def run(
     folder = None if out is None else Path(out)
     if folder is not None:
         records.check_new(folder, overwrite)
-    setup = configuration.build(algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs)
+    setup = configuration.build(
+        algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs, prng=prng
+    )
     record = {
         **configuration.to_json(setup),
         "env_steps": env_steps,

@@ -30,6 +30,8 @@ class Options:
     """NAME=NUMBER, a parameter of the environment (traced), such as length=0.7; repeatable."""
     env_kwarg: tuple[str, ...] = ()
     """NAME=JSON, an argument of the environment's constructor (static); repeatable."""
+    prng: Literal["threefry", "hashed"] = "threefry"
+    """Random number generator: JAX's own, or a cheap one, quicker to compile and to run (jrl.ops.hashed)."""
     eval_episodes: int = 100
     """Episodes of the final evaluation; 0 leaves it out."""
     checkpoint_every: int | None = None

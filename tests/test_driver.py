@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import checkpoint, configuration, driver, interrupt, loop, records
+from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -227,6 +227,18 @@ def test_a_finished_run_is_extended_bit_for_bit(tmp_path):
         RunError, match=r"env_steps=16: the run in .* has already trained for 1608\. .* larger"
     ):
         resume(out, 16)
+
+
+def test_a_run_with_the_cheap_generator_goes_on_with_it(tmp_path):
+    out = tmp_path / "run"
+    short = run(out, env_steps=800, prng="hashed")
+    assert str(jax.random.key_impl(short.state.key)) == ops.keys.NAME
+    assert json.loads((out / "run.json").read_text())["prng"] == "hashed"
+    extended, whole = resume(out, 1608), run(env_steps=1608, prng="hashed")
+    assert bits(extended.state) == bits(whole.state)
+    assert bits(whole.state) != bits(run(env_steps=1608).state)
+    loaded = driver.load(out, algorithm=fake, env=ENV)
+    assert bits(loaded.state) == bits(whole.state)
 
 
 def test_lines_beyond_the_checkpoint_are_dropped(tmp_path):
@@ -451,6 +463,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         ({"config": 3}, TypeError, r"config=3: expected a Config, a mapping"),
         ({"hparams": {"lr": 3}}, ValueError, r"hparams has no field 'lr'\. Its fields are: .*learning_rate"),
         ({"hparams": {"learning_rate": "high"}}, TypeError, r"learning_rate='high' is not a number"),
+        ({"prng": "rbg"}, ValueError, r"prng='rbg': expected threefry or hashed\."),
         ({"progress": "dots"}, ValueError, r"progress='dots': expected one of \['bar', 'lines', 'none'\]"),
     ],
 )

@@ -45,6 +45,7 @@ def choose_members(
     random: Mapping[str, Space] | None,
     num_random: int,
     search_seed: int,
+    prng: str = "threefry",
 ) -> tuple[Setup, Members]:
     """Return what is trained and who takes part; see :func:`execute` for the arguments."""
     if env is None:
@@ -53,7 +54,9 @@ def choose_members(
             raise RunError("env=None: a sweep needs the environment, for its evaluation too; give env=.")
     num_settings = _leading_length(hparams)
     single = hparams if num_settings is None else jax.tree.map(lambda leaf: leaf[0], hparams)
-    setup = configuration.build(algorithm, env, config=config, hparams=single, env_kwargs=env_kwargs)
+    setup = configuration.build(
+        algorithm, env, config=config, hparams=single, env_kwargs=env_kwargs, prng=prng
+    )
     if num_settings is None:
         settings, swept = _settings(setup.hparams, grid or {}, random or {}, num_random, search_seed)
     else:
@@ -184,8 +187,10 @@ def members_of(record: Mapping[str, Any], setup: Setup) -> Members:
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse to continue one sweep with the settings of another."""
+    old, new = ({"prng": "threefry", **record} for record in (old, new))  # left out where it is that
     for name in (
         "algorithm",
+        "prng",
         "environment",
         "config",
         "hparams",

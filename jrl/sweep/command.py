@@ -55,6 +55,8 @@ class Options:
     """NAME=NUMBER, a parameter of the environment for all members; repeatable."""
     env_kwarg: tuple[str, ...] = ()
     """NAME=JSON, an argument of the environment's constructor (static); repeatable."""
+    prng: Literal["threefry", "hashed"] = "threefry"
+    """Random number generator: JAX's own, or a cheap one, quicker to compile and to run (jrl.ops.hashed)."""
     eval_episodes: int = 100
     """Episodes of each member's final evaluation; 0 leaves it out."""
     devices: int = 0
@@ -194,6 +196,7 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
         "env": options.env,
         "config": config,
         "env_kwargs": env_kwargs,
+        "prng": options.prng,
         "env_steps": options.env_steps,
         "seeds": options.seeds,
         "grid": grid,

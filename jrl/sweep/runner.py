@@ -98,6 +98,7 @@ def execute(
     env: Any = None,
     config: Any = None,
     env_kwargs: Mapping[str, Any] | None = None,
+    prng: str = "threefry",
     grid: Mapping[str, Any] | None = None,
     random: Mapping[str, Space] | None = None,
     num_random: int = 0,
@@ -130,7 +131,7 @@ def execute(
         seeds: how many, counted from 0, or which.
         env: id or what else :func:`jrl.make` takes; may be left out where ``algorithm`` is an ``Algorithm``, which
             knows its own.
-        config, env_kwargs: as in :func:`jrl.run`.
+        config, env_kwargs, prng: as in :func:`jrl.run`.
         grid: name -> values; every combination is a setting.
         random: name -> distribution; ``num_random`` draws are settings (each with all of ``grid``).
         num_random: how many.
@@ -156,7 +157,7 @@ def execute(
         ValueError, TypeError: an unknown or static hyperparameter, an empty grid, a number out of range.
     """
     setup, who = choose_members(
-        algorithm, hparams, env, config, env_kwargs, seeds, grid, random, num_random, search_seed
+        algorithm, hparams, env, config, env_kwargs, seeds, grid, random, num_random, search_seed, prng
     )
     check_numbers(env_steps=env_steps, eval_episodes=eval_episodes)
     if pbt is not None:
@@ -285,8 +286,8 @@ def plan(algorithm: Any, hparams: Any = None, *, measure: bool = True, **setting
         algorithm, hparams, **settings: as in :func:`execute`.
         measure: train for a few steps to predict the time.
     """
-    names = ("env", "config", "env_kwargs", "seeds", "grid", "random", "num_random", "search_seed")
-    defaults = {"seeds": 1, "num_random": 0, "search_seed": 0}
+    names = ("env", "config", "env_kwargs", "seeds", "grid", "random", "num_random", "search_seed", "prng")
+    defaults = {"seeds": 1, "num_random": 0, "search_seed": 0, "prng": "threefry"}
     chosen: Any = [settings.get(name, defaults.get(name)) for name in names]
     setup, who = choose_members(algorithm, hparams, *chosen)
     record = {

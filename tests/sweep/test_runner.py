@@ -98,6 +98,19 @@ def test_a_member_is_what_a_run_alone_is(reference):
     assert reference.table.row(5)["episode_return_mean"] == alone.summary["evaluation"]["episode_return_mean"]
 
 
+def test_a_member_with_the_cheap_generator_is_what_a_run_alone_is(reference, tmp_path):
+    hashed = run(tmp_path / "sweep", prng="hashed")
+    alone = driver.run(
+        fake, ENV, env_steps=STEPS, seed=2, hparams={"learning_rate": 0.2}, prng="hashed", eval_episodes=0
+    )
+    assert arrays(jax.tree.map(lambda leaf: leaf[5], hashed.states)) == arrays(alone.state)
+    assert arrays(sweep.load(hashed.out, 5, algorithm=fake, env=ENV).state) == arrays(alone.state)
+    assert arrays(hashed.states) != arrays(reference.states)
+    with pytest.raises(RunError, match="its prng is 'hashed', this command's 'threefry'"):
+        run(hashed.out, resume=True)
+    assert bits(run(hashed.out, resume=True, prng="hashed")) == bits(hashed)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"chunk": 4}, {"devices": jax.devices()[:4]}, {"devices": jax.devices()[:4], "chunk": 5}, {"chunk": 1}],
@@ -470,7 +483,7 @@ def _environment(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("_environment")
 def test_the_command(capsys, tmp_path):
     args = ["fake", "--env", "Fake-v0", "--env-steps", str(STEPS), "--seeds", "3", "--eval-episodes", "4"]
-    args += ["--grid", "learning_rate=0.1,0.2", "--devices", "2"]
+    args += ["--grid", "learning_rate=0.1,0.2", "--devices", "2", "--prng", "hashed"]
     assert cli.main(["plan", *args]) == 0
     assert "6 on 2 devices" in capsys.readouterr().out
     assert cli.main(["sweep", *args, "--out", "sweep", "--progress", "lines"]) == 0
@@ -484,6 +497,7 @@ def test_the_command(capsys, tmp_path):
     ):
         assert words in shown
     assert (tmp_path / "sweep" / "learning_curves.png").exists()
+    assert records.read_sweep(tmp_path / "sweep")["prng"] == "hashed"
     assert cli.main(["resume", "sweep"]) == 0
     assert cli.main(["compare", "sweep", "sweep"]) == 0
     assert cli.main(["resume", "sweep", "--env-steps", "5"]) == 2
