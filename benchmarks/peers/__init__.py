@@ -61,8 +61,12 @@ class Work:
     learning_rate: float = 2.5e-4
     activation: str = "tanh"
     hidden_sizes: tuple[int, ...] = (64, 64)
+    prng: str = "threefry"
+    """jrl's generator, or hashed; the other side has JAX's own."""
 
     def __post_init__(self) -> None:
+        if self.prng not in ("threefry", "hashed"):
+            raise ValueError(f"prng={self.prng!r}: expected threefry or hashed.")
         if not self.target_period:
             object.__setattr__(self, "target_period", self.num_envs * max(1, 500 // self.num_envs))
 

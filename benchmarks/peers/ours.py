@@ -30,6 +30,8 @@ def training(algorithm: str, work: Any, source: Path | None) -> Training:
 
     def prepare(seed: int) -> Any:
         key = jax.random.key(seed)
+        if work.prng == "hashed":
+            key = jrl.ops.hashed(key)
         return key if work.seeds == 1 else jax.random.split(key, work.seeds)
 
     whole = train
