@@ -25,6 +25,11 @@ USABLE_SHARE = (
 )
 
 
+PROCESS_BYTES = 8 << 20
+"""What a process takes in main memory beside its arrays while it trains: threads, metrics, what the allocator rounds
+up. Between 6 and 11 MiB were measured for 2 to 512 members of PPO and DQN (``benchmarks/sweep_memory.py``)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a sweep will be computed.
@@ -36,7 +41,8 @@ class Plan:
         chunk: members held at once, over all devices; each chunk runs to its end before the next one starts.
         bytes_per_member: state and hyperparameters of one member, replay included.
         bytes_total: of the whole program with ``chunk`` members: states, temporaries and results; where a search
-            moves members, what moving the largest array of the states takes beside the others, if that is more.
+            moves members, what moving the largest array of the states takes beside the others, if that is more;
+            on a CPU :data:`PROCESS_BYTES` for each process.
         bytes_available: what it may take; None where the system does not say.
         compile_seconds: what lowering and compiling the training took (less with a warm cache).
         env_steps: of all members together.
@@ -211,6 +217,7 @@ def compile_for(
     held = min(num, chunk or num)
     if chunk is None and available is not None:
         held = max(1, min(held, available // of_member))
+    of_processes = PROCESS_BYTES * jax.process_count() if devices[0].platform == "cpu" else 0
     began = time.perf_counter()
     while True:
         where = layout(held, width, devices)
@@ -221,6 +228,7 @@ def compile_for(
             at_rest = where.slots * (of_member - num_bytes(largest))
             moved = program_bytes(compile_move(where, (where.slots, *largest.shape), largest.dtype))
             taken = max(taken, at_rest + moved * where.mesh.size)
+        taken += of_processes
         if chunk is not None or available is None or taken <= available:
             break
         if held == 1:
@@ -228,7 +236,8 @@ def compile_for(
                 f"one member takes {readable_size(taken)} and {readable_size(available)} may be used. Give "
                 "Config a smaller replay or batch, free some memory, or go on regardless with chunk=1 (--chunk 1)."
             )
-        held = max(1, min(held - 1, int(held * available / taken)))
+        room, needed = available - of_processes, taken - of_processes
+        held = max(1, min(held - 1, int(held * room / needed)))
     # chunks of about the same size, and each a full load of the devices
     num_chunks = -(-num // held)
     held = min(held, -(-num // num_chunks)) if chunk is None else held
