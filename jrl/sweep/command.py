@@ -56,7 +56,7 @@ class Options:
     env_kwarg: tuple[str, ...] = ()
     """NAME=JSON, an argument of the environment's constructor (static); repeatable."""
     prng: Literal["threefry", "hashed"] = "threefry"
-    """Random number generator: JAX's own, or a cheap one, quicker to compile and to run (jrl.ops.hashed)."""
+    """Random number generator: JAX's own, or a cheap one, quicker to compile (jrl.ops.hashed)."""
     eval_episodes: int = 100
     """Episodes of each member's final evaluation; 0 leaves it out."""
     devices: int = 0
