@@ -100,6 +100,7 @@ ENTROPY_COEF = 0.01
 VALUE_COEF = 0.5
 MAX_GRAD_NORM = 0.5  # PPO; the DQNs clip nothing
 ADAM_EPS = 1e-5  # PPO
+REWARD_SCALE = 0.1  # PQN
 EPSILON_END = 0.05
 EXPLORATION = 0.5  # share of the environment steps over which ε falls
 

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from peers import EPSILON_END, EVAL_SEED, EXPLORATION, GAMMA, LAST, Q_LAMBDA, eval_episodes
+from peers import EPSILON_END, EVAL_SEED, EXPLORATION, GAMMA, LAST, Q_LAMBDA, REWARD_SCALE, eval_episodes
 from peers.protocol import Training, compile_program
 
 
@@ -112,7 +112,8 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
             epsilon_end=EPSILON_END,
             epsilon_env_steps=work.env_steps * EXPLORATION,
         )
-        algo, warmup = jrl.pqn.make(env, config), 0
+        # Scaled as purejaxql's are; returns are those of the environment as it is.
+        algo, warmup = jrl.pqn.make(envs.scale_reward(env, REWARD_SCALE), config), 0
     else:
         config = jrl.dqn.Config(
             num_envs=work.num_envs,

@@ -1,7 +1,7 @@
 """purejaxql (https://github.com/mttga/purejaxql): ``make_train(config)`` of its clone's ``pqn_gymnax.py``.
 
 Runs with gymnax 0.0.9 under a current JAX. Settings are those of its CartPole file, at the number of environments of
-the work; it has RAdam and scales rewards, jrl has Adam, which costs neither side anything that shows.
+the work, rewards are scaled alike; it has RAdam, jrl has Adam, which costs neither side anything that shows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def training(algorithm: str, work: Any, source: Path) -> Training:
         "LR": work.learning_rate,
         "MAX_GRAD_NORM": 10,
         "LR_LINEAR_DECAY": True,
-        "REW_SCALE": 0.1,
+        "REW_SCALE": peers.REWARD_SCALE,
         "GAMMA": peers.GAMMA,
         "LAMBDA": peers.Q_LAMBDA,
         "ENV_NAME": work.env,
