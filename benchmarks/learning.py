@@ -49,7 +49,7 @@ class Row:
     hparams: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# PPO's settings for boards, and its steps for those whose goal is one of 10 million: what there was time for.
+# PPO's settings for boards, and the steps of the rows that are to take minutes; the goals are those of 10 million.
 MINATAR = {
     "num_envs": 64,
     "num_minibatches": 8,
