@@ -104,6 +104,25 @@ def catch_with_spare_actions() -> Environment:
     return envs.transform_action(env, lambda action: jnp.where(action < 3, action, 1), Discrete(30))
 
 
+def corridor(length: int = 50, num_actions: int = 4) -> Environment:
+    """In each place one action leads on, for 1 / ``length``; any other ends the episode, and so does the last place."""
+    ahead = jnp.asarray(np.random.default_rng(0).integers(num_actions, size=length))
+
+    def transition(key, place, action, params):
+        leads_on, last = action == ahead[place], place == length - 1
+        place = jnp.minimum(place + 1, length - 1)
+        reward = jnp.where(leads_on, 1.0 / length, 0.0)
+        return place, jax.nn.one_hot(place, length), reward, ~leads_on | last, False
+
+    return envs.from_functions(
+        lambda key, params: (jnp.int32(0), jax.nn.one_hot(0, length)),
+        transition,
+        (),
+        Discrete(num_actions),
+        "corridor",
+    )
+
+
 def greedy_return(algo: Any, config: Any, state: Any, key: Any) -> Any:
     return jrl.evaluate(key, algo.env, algo.policy(state), num_episodes=64).episode_return.mean()
 
@@ -271,6 +290,25 @@ ABLATIONS = {
             ),
         },
         50_000,
+        seeds=8,
+    ),
+    "noisy-corridor": Ablation(
+        "A corridor where three of four actions end the episode: how much of it is learned?",
+        "Fortunato et al., 2018",
+        corridor,
+        {
+            "no exploration": (DEEP_SEA | BARE, NOISY | {"anneal_env_steps": 0.0}),
+            "ε = 0.05": (DEEP_SEA | BARE, {"epsilon_start": 0.05, "anneal_env_steps": 0.0}),
+            **{
+                f"noisy, σ₀ = {scale}": (
+                    DEEP_SEA | BARE | {"noisy": True, "noise_draws": 10},
+                    NOISY | {"anneal_env_steps": 0.0, "noise_scale": scale},
+                )
+                for scale in (0.5, 2.0)
+            },
+        },
+        30_000,
+        expected=1.0,
         seeds=8,
     ),
     "persistent": Ablation(
