@@ -181,15 +181,20 @@ def level5(seed: int) -> dict[str, Any]:
         print(results, flush=True)
     results |= {"ppo": score(ppo, state, greedy=False), "ppo_greedy": score(ppo, state, greedy=True)}
     print(results, flush=True)
+    # λ, step sizes, the texts a step and the number of steps were chosen by greedy texts after a third set of prompts
+    # (seed 2000). They were best after a fifth of the texts that PPO says, and worse when ε had fallen below 0.04.
     dqn = jrl.token_dqn.make(
-        env, jrl.token_dqn.Config(num_envs=32, batch_size=32, num_updates=4, warmup_texts=32, **choices)
+        env, jrl.token_dqn.Config(num_envs=64, batch_size=64, num_updates=3, warmup_texts=64, **choices)
     )
     numbers = jrl.token_dqn.HParams(
-        learning_rate=3e-4,
+        learning_rate=2e-4,
+        learning_rate_end=1e-4,
         gamma=0.8,
-        epsilon_start=0.2,
-        epsilon_end=0.02,
-        epsilon_env_steps=1e5,
+        lambda_=0.9,
+        tau=0.02,
+        epsilon_start=0.08,
+        epsilon_end=0.01,
+        epsilon_env_steps=2e5,
         q_scale=0.05,
     )
     state = train(dqn, numbers, seed, 60)
@@ -220,10 +225,12 @@ GAMES: dict[str, dict[str, Any]] = {
 NOTHING = "nothing happens . good ?"
 SURE = 4.0
 """A transition of reward r is approved with probability σ(4 r): verdicts and preferences are drawn so."""
+VERDICTS = 3200
+"""On transitions of each reward, which the judge learns from."""
 
 
 def level10(name: str, num_steps: int) -> Callable[[int], dict[str, Any]]:
-    """A decoder learns transcripts of random play with verdicts. Then it plays, and a frozen copy of it rewards.
+    """A decoder learns transcripts of random play with verdicts, and then it plays. A copy learns to judge it.
 
     Held out are a fifth of what can be said of what can happen. Rewards agree where they round to the rule's.
     """
@@ -280,20 +287,34 @@ def level10(name: str, num_steps: int) -> Callable[[int], dict[str, Any]]:
             mlp_width=128,
             max_length=longest,
         )
-        learner = pretraining.make(corpus, config, pretraining.Config(batch_size=64))
-        numbers = pretraining.HParams(
-            learning_rate=3e-3,
-            learning_rate_end=1e-4,
-            anneal_tokens=100 * learner.env_steps_per_step,
-            weight_decay=0.0,
-        )
-        language = train(learner, numbers, seed, 100).params
+
+        def learn(corpus: pretraining.Corpus, num_steps: int, start: Any = None) -> Any:
+            learner = pretraining.make(corpus, config, pretraining.Config(batch_size=64), start=start)
+            numbers = pretraining.HParams(
+                learning_rate=3e-3,
+                learning_rate_end=1e-4,
+                anneal_tokens=num_steps * learner.env_steps_per_step,
+                weight_decay=0.0,
+            )
+            return train(learner, numbers, seed, num_steps).params
+
+        language = learn(corpus, 100)
+
+        # A verdict is one token in 25, and 95 of 100 transitions of the grid pay nothing: a coin's verdict. So the
+        # judge goes on from the language model with verdicts alone, as many of each reward. How often a transition
+        # comes up is balanced, not how it is judged: what log-odds it is to have stays.
+        known = np.append(logged, len(happens))
+        alike = [known[worth[known] == value] for value in np.unique(worth[known])]
+        asked = np.concatenate([np.repeat(kind, VERDICTS // len(kind)) for kind in alike])
+        good = random.random(len(asked)) < 1.0 / (1.0 + np.exp(-SURE * worth[asked]))
+        verdicts = [(encoded[i], [yes if each else no]) for i, each in zip(asked, good, strict=True)]
+        judging = learn(data.prompted(verdicts, longest, -1), 60, language)
 
         # The two rewards: its verdict, and a reward model that goes on from it.
         table = np.full((len(stories), longest), -1, np.int32)
         for row, tokens in zip(table, encoded, strict=True):
             row[: len(tokens)] = tokens
-        judge = jax.jit(lambda tokens: control.log_odds(language, config, tokens, yes, no) / SURE)
+        judge = jax.jit(lambda tokens: control.log_odds(judging, config, tokens, yes, no) / SURE)
 
         nothing = at_end(lambda text: jnp.float32(0))
         texts = token_mdp(
@@ -335,6 +356,8 @@ def level10(name: str, num_steps: int) -> Callable[[int], dict[str, Any]]:
             results[f"{kind}_agreement"] = float(agrees[held_out].mean())
             kinds = [agrees[held_out & (rule == value)].mean() for value in np.unique(rule[held_out])]
             results[f"{kind}_agreement_of_the_worst_kind"] = float(min(kinds))
+            # One that says the same to all has 1 / kinds.
+            results[f"{kind}_balanced_agreement"] = float(np.mean(kinds))
 
             def reward(obs: Any, action: Any, next_obs: Any, rate: Any = rate) -> Any:
                 return verdict(rate(shown[where[obs, action, next_obs]][None]))[0]
