@@ -27,7 +27,8 @@ USABLE_SHARE = (
 
 PROCESS_BYTES = 8 << 20
 """What a process takes in main memory beside its arrays while it trains: threads, metrics, what the allocator rounds
-up. Between 6 and 11 MiB were measured for 2 to 512 members of PPO and DQN (``benchmarks/sweep_memory.py``)."""
+up. Between 9 and 17 MiB were measured for 32 to 512 members of PPO and DQN, the same program on different days
+(``benchmarks/results/sweep-memory-dqn.json``, ``sweep-ppo-512-memory.json``); this is the round number below them."""
 
 
 @dataclasses.dataclass(frozen=True)
