@@ -46,11 +46,17 @@ def split_keys(key: Key, *shapes: tuple[int, ...]) -> list[Key]:
         next_key, unroll_keys, update_keys = split_keys(key, (), (length, 2), (num_updates,))
 
     As ``jax.random.split`` of them all, cut into parts: on a CPU each draw of Threefry is a loop of its own, so that
-    splitting what was split takes longer, and much longer to compile, than splitting once.
+    splitting what was split is more to compile and to run than splitting once.
 
     Args:
         key: consumed.
         *shapes: of the parts, ``()`` for a single key.
+
+    Returns:
+        Typed keys of the implementation of ``key``, an array of each shape, in order; no two are equal by more than chance.
+
+    Raises:
+        TypeError: ``key`` is no key, as ``jax.random.split`` says.
     """
     sizes = [math.prod(shape) for shape in shapes]
     keys = jax.random.split(key, sum(sizes))
