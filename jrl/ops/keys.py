@@ -53,7 +53,7 @@ def split_keys(key: Key, *shapes: tuple[int, ...]) -> list[Key]:
         *shapes: of the parts, ``()`` for a single key.
 
     Returns:
-        Typed keys of the implementation of ``key``, an array of each shape, in order; no two are equal by more than chance.
+        Typed keys of the implementation of ``key``, an array of each shape, in order.
 
     Raises:
         TypeError: ``key`` is no key, as ``jax.random.split`` says.
