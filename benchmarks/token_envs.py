@@ -105,7 +105,7 @@ def measure(work: Texts, repeats: int) -> dict[str, Any]:
         programs, flops, start = build(work, num_envs)
         for side, program in programs.items():
             compiled = jax.jit(program).lower(start).compile()
-            (state, _), times = compiled(start), []
+            (state, _), times = jax.block_until_ready(compiled(start)), []
             for _ in range(repeats):
                 (state, rating), seconds, cpu = timed(lambda: compiled(state))  # noqa: B023
                 assert 0.0 < float(rating) <= 1.0
@@ -152,9 +152,7 @@ def plot(record: dict[str, Any]) -> Any:
         middle = [rate["median"] for rate in rates]
         low, high = ([abs(rate[end] - rate["median"]) for rate in rates] for end in ("min", "max"))
         axes.errorbar(sizes, middle, (low, high), color=colour, marker="o", capsize=3)
-        axes.annotate(
-            words, (sizes[-1], middle[-1]), (0, 10), textcoords="offset points", ha="right", color=colour
-        )
+        axes.annotate(words, (sizes[0], rates[0]["max"]), (0, 8), textcoords="offset points", color=colour)
     sizes = record["work"]["num_envs"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])

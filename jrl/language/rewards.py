@@ -79,6 +79,21 @@ def edit_similarity(text: Text) -> Array:
     return _against_each(text, lambda *pair: jnp.maximum(0.0, 1.0 - metrics.word_error_rate(*pair))).max()
 
 
+def edit_similarity_ahead(text: Text) -> Array:
+    """Return the largest :func:`edit_similarity` that a continuation of the text can have: its optimal value.
+
+    ``max(0, 1 − min_j d(x, y_1…j) / |y|)``, the best over the references. As a potential (:func:`shaped
+    <jrl.language.environments.shaped>`, γ = 1) it pays each token what the token alone has lost: nothing for one that
+    a best continuation may have, ``−1 / |y|`` for a mistake.
+    """
+
+    def ahead(tokens: Array, length: Array, reference: Array, reference_length: Array) -> Array:
+        distance = metrics.prefix_distance(tokens, length, reference, reference_length)
+        return jnp.maximum(0.0, 1.0 - distance / jnp.maximum(reference_length, 1).astype(jnp.float32))
+
+    return _against_each(text, ahead).max()
+
+
 def _against_each(text: Text, metric: Callable[..., Array]) -> Array:
     """Return ``metric`` against every reference ``[R]``; −inf for those that are not there."""
     tokens, length = completion(text)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.language import generation, metrics, rewards
-from jrl.language.environments import Prompts, at_end, token_mdp, token_step
+from jrl.language.environments import Prompts, at_end, shaped, token_mdp, token_step
 from jrl.language.generation import Generated
 from jrl.language.rewards import References, Score
 from jrl.networks import transformer
@@ -49,6 +49,7 @@ def environment(
     separator: int,
     eos: int,
     score: Score = rewards.edit_similarity,
+    potential: Score | None = None,
     max_new_tokens: int | None = None,
     name: str = "Translation",
 ) -> Environment:
@@ -60,6 +61,9 @@ def environment(
         separator: put after each source.
         eos: ends a translation.
         score: of the whole text, whose ``reference`` is a :class:`~jrl.language.rewards.References`.
+        potential: Φ of the text so far, added as ``Φ(s') − Φ(s)``: it pays each token at once and leaves the ranks as
+            they are (:func:`~jrl.language.environments.shaped`). For edit_similarity its own optimal value,
+            :func:`~jrl.language.rewards.edit_similarity_ahead`.
         max_new_tokens: None is the longest reference and its end.
         name: for messages and records.
 
@@ -82,7 +86,7 @@ def environment(
             reference_lengths[i, j] = len(target)
     return token_mdp(
         Prompts(tokens, lengths, References(jnp.asarray(references), jnp.asarray(reference_lengths))),
-        at_end(score),
+        at_end(score) if potential is None else shaped(at_end(score), potential, 1.0),
         vocab_size=vocab_size,
         max_new_tokens=max_new_tokens or longest + 1,
         eos=eos,

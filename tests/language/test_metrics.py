@@ -161,6 +161,10 @@ def test_metrics_equal_slow_loops_on_random_texts():
     first = (tokens, length, others[:, 0], lengths[:, 0])
     distance = [slow_distance(t, r[0]) for t, r in zip(texts, references, strict=True)]
     assert metrics.edit_distance(*first).tolist() == distance
+    assert metrics.prefix_distance(*first).tolist() == [
+        min(slow_distance(t, r[0][:j]) for j in range(len(r[0]) + 1))
+        for t, r in zip(texts, references, strict=True)
+    ]
     np.testing.assert_allclose(
         metrics.word_error_rate(*first),
         [d / max(len(r[0]), 1) for d, r in zip(distance, references, strict=True)],

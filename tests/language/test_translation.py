@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl.language import data, models, policy_gradient, pretraining, translation
+from jrl.language import data, exact, models, policy_gradient, pretraining, rewards, translation
 from jrl.language.generation import Generated
 from jrl.networks import transformer
 
@@ -54,6 +54,32 @@ def test_the_reward_is_the_metric_of_the_nearest_reference():
     assert play(0, 2, 1, END) == pytest.approx([0, 0, 2 / 3])
     assert play(1, 3, 3, END) == [0, 0, 1]
     assert play(0, 2, 1, 0, 3) == pytest.approx([0, 0, 0, 2 / 3])  # cut
+
+
+def test_its_potential_is_the_optimal_value_so_that_only_mistakes_cost():
+    pairs = {(0, 1, 2): [[2, 1, 0], [2, 0]]}
+    settings = {"max_new_tokens": 6}
+    plain, env = env_of(pairs, **settings), env_of(pairs, potential=rewards.edit_similarity_ahead, **settings)
+    q, ahead = (exact.optimal_values(exact.enumerate_prefixes(each), 1.0) for each in (plain, env))
+    for depth in range(3):  # further on the limit keeps the best continuation out
+        alive = exact.enumerate_prefixes(plain).alive[depth]
+        np.testing.assert_allclose(ahead[depth].max(1)[alive], 0.0, atol=1e-6)
+        np.testing.assert_allclose(
+            (q[depth] - q[depth].max(1, keepdims=True) - ahead[depth])[alive], 0.0, atol=1e-6
+        )
+
+    def play(*tokens):
+        state, _ = env.step.start(0)
+        paid = []
+        for token in tokens:
+            state, _, reward, _, _ = env.step.advance(state, token, env.params)
+            paid.append(float(reward))
+        return paid
+
+    assert play(2, 1, 0, END) == [0, 0, 0, 0]
+    assert play(2, 0, END) == [0, 0, 0]
+    assert play(3, 2, 1, 0, END) == pytest.approx([-1 / 3, 0, 0, 0, 0], abs=1e-6)
+    assert play(2, 1, END) == pytest.approx([0, 0, -1 / 3], abs=1e-6)
 
 
 def test_corpus_metrics_by_hand():
