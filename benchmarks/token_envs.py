@@ -152,7 +152,14 @@ def plot(record: dict[str, Any]) -> Any:
         middle = [rate["median"] for rate in rates]
         low, high = ([abs(rate[end] - rate["median"]) for rate in rates] for end in ("min", "max"))
         axes.errorbar(sizes, middle, (low, high), color=colour, marker="o", capsize=3)
-        axes.annotate(words, (sizes[0], rates[0]["max"]), (0, 8), textcoords="offset points", color=colour)
+        axes.annotate(
+            words,
+            (sizes[-1], rates[-1]["min"]),
+            (0, -16),
+            textcoords="offset points",
+            ha="right",
+            color=colour,
+        )
     sizes = record["work"]["num_envs"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
