@@ -8,7 +8,8 @@ Level 0: every text of 8^5 enumerated; policies against π* ∝ π_ref exp(retur
 Level 1: shortest walks on trlx's graph of 21 nodes. Level 2: "the cat sat on the" → "mat" over the bigrams of a real
 text. Level 3: addition, sorting, reversing, scored on questions that no training saw. Levels 4, 5 and 10 begin with a
 language model (``benchmarks/ladder_models.py``); level 5 needs that of ``benchmarks/language.py`` in
-``runs/shakespeare``. ``bleu``: sentences a second.
+``runs/shakespeare``. Levels 6 and 7 are applications (``benchmarks/ladder_applications.py``), level 9 writes poems
+(``benchmarks/ladder_poems.py``). ``bleu``: sentences a second.
 Each row writes ``benchmarks/results/language-<row>.json``: the bar, one record a seed with what was reached, wall and
 processor seconds (compilation included), settings, versions, device, commit. Real text is read from JRL_DATA or
 ../shared/data; rows that need it say so where it is absent.
@@ -35,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from ladder_applications import level7, phonemes
 from ladder_models import DATA, level4, level5, level10, train
+from ladder_poems import level9
 
 import jrl
 from jrl.language import dpo, exact, imitation, metrics, models, tasks, token_q
@@ -401,6 +403,11 @@ ROWS = {
     ),
     "level6-phonemes": Row(phonemes, "error_removed > 0", lambda r: r["error_removed"] > 0),
     "level7": Row(level7, **at_least("success", 0.9)),
+    "level9": Row(
+        level9,
+        "format >= 0.999; reward_gain > 0; perplexity_ratio <= 1.2",
+        lambda r: r["format"] >= 0.999 and r["reward_gain"] > 0 and r["perplexity_ratio"] <= 1.2,
+    ),
     "level10-light": Row(level10("TrafficLight-jrl", 20), "optimal = 1; agreement >= 0.95", in_words),
     "level10-grid": Row(level10("GridWorld-jrl", 40), "optimal = 1; agreement >= 0.95", in_words),
     "bleu": Row(bleu, **at_least("sentences_per_second_4", 50_000)),

@@ -80,7 +80,7 @@ def rhymes(characters: Sequence[str]) -> np.ndarray:
     return np.unique([MEDIALS.get(final, final) for final in finals], return_inverse=True)[1].astype(np.int32)
 
 
-def level9(seed: int, updates: int = 100, rl_steps: int = 120) -> dict[str, Any]:
+def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]:
     poems = quatrains()
     kept, held = parted(poems, NUM_HELD_OUT)
     characters = sorted({character for poem in poems for line in poem for character in line})
@@ -145,7 +145,7 @@ def level9(seed: int, updates: int = 100, rl_steps: int = 120) -> dict[str, Any]
         return jnp.concatenate([jnp.zeros(1), here])
 
     scores = {"form": form, "rhyme": rhyme, "fluency": rewards.likelihood(log_probs)}
-    weights = {"form": 1.0, "rhyme": 1.0, "fluency": 0.2}
+    weights = {"form": 3.0, "rhyme": 1.0, "fluency": 0.2}
     env = token_mdp(
         Prompts([[prompt[n]] for n in FORMS], [1] * len(FORMS)),
         at_end(lambda text: jnp.float32(0)),
