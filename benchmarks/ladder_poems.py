@@ -80,6 +80,30 @@ def rhymes(characters: Sequence[str]) -> np.ndarray:
     return np.unique([MEDIALS.get(final, final) for final in finals], return_inverse=True)[1].astype(np.int32)
 
 
+def judges(comma: int, prompt: dict[int, int], rhyme_of: jax.Array) -> tuple[rewards.Score, rewards.Score]:
+    """Return the scores of a poem's form and of its rhyme; characters are the tokens below ``comma``."""
+
+    def width(text: rewards.Text) -> jax.Array:
+        return jnp.where(text.tokens[0] == prompt[FORMS[0]], FORMS[0], FORMS[1])
+
+    def form(text: rewards.Text) -> jax.Array:
+        """1 where all four lines have the length asked for and the poem ends there, else 0."""
+        n, written = width(text), text.tokens[1:]
+        size, place = 4 * n + 3, jnp.arange(written.shape[0])
+        between = (place + 1) % (n + 1) == 0
+        right = jnp.where(between, written == comma, (written >= 0) & (written < comma))
+        whole = text.finished & (text.length == 1 + size + 1)
+        return (whole & (right | (place >= size)).all()).astype(jnp.float32)
+
+    def rhyme(text: rewards.Text) -> jax.Array:
+        """1 where, in a poem of the right form, the second and the fourth line end in two characters that rhyme."""
+        n = width(text)
+        second, fourth = text.tokens[1 + 2 * n], text.tokens[1 + 4 * n + 2]
+        return form(text) * ((rhyme_of[second] == rhyme_of[fourth]) & (second != fourth))
+
+    return form, rhyme
+
+
 def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]:
     poems = quatrains()
     kept, held = parted(poems, NUM_HELD_OUT)
@@ -97,27 +121,6 @@ def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]
         return data.prompted(
             [([prompt[len(poems[i][0])]], tokens(poems[i])) for i in which], 1 + longest, eos
         )
-
-    def lines(text: rewards.Text) -> jax.Array:
-        """The characters a line of the form asked for, ``[]``."""
-        return jnp.where(text.tokens[0] == prompt[FORMS[0]], FORMS[0], FORMS[1])
-
-    def form(text: rewards.Text) -> jax.Array:
-        """1 where all four lines have the length asked for and the poem ends there, else 0."""
-        n, place = lines(text), jnp.arange(longest)
-        said = text.tokens[1:]
-        size = 4 * n + 3
-        between = (place + 1) % (n + 1) == 0
-        right = jnp.where(between, said == comma, said < comma) & (said >= 0)
-        whole = text.finished & (text.length == 1 + size + 1)
-        return (whole & (right | (place >= size)).all()).astype(jnp.float32)
-
-    def rhyme(text: rewards.Text) -> jax.Array:
-        """1 where, in a poem of the right form, the second and the fourth line end in characters that rhyme."""
-        n = lines(text)
-        second, fourth = text.tokens[1 + 2 * n], text.tokens[1 + 4 * n + 2]
-        same = rhyme_of[second] == rhyme_of[fourth]
-        return form(text) * (same & (second != fourth))
 
     decoder = transformer.Config(vocab_size, max_length=1 + longest, value_head=True, **DECODER)
     learner = pretraining.make(rows(kept), decoder, pretraining.Config(batch_size=64))
@@ -144,6 +147,7 @@ def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]
         here = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), text[1:, None], 1)[:, 0]
         return jnp.concatenate([jnp.zeros(1), here])
 
+    form, rhyme = judges(comma, prompt, rhyme_of)
     scores = {"form": form, "rhyme": rhyme, "fluency": rewards.likelihood(log_probs)}
     weights = {"form": 3.0, "rhyme": 1.0, "fluency": 0.2}
     env = token_mdp(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import conftest
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jrl
+from jrl.language.rewards import Text
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -24,6 +26,7 @@ import env_stepping  # noqa: E402
 import fake_algorithm  # noqa: E402
 import floor  # noqa: E402
 import ladder_applications  # noqa: E402
+import ladder_poems  # noqa: E402
 import learning  # noqa: E402
 import peers  # noqa: E402
 import search  # noqa: E402
@@ -451,3 +454,42 @@ def test_inflected_forms_of_a_word_are_on_one_side_of_the_split():
     for family in families:
         sides = {tuple(map(ord, word)) in held for word in family}
         assert len(sides) == 1, family
+
+
+def test_poems_that_share_a_line_are_on_one_side_of_the_split():
+    poems = [
+        ("a", "b", "c", "d"),
+        ("e", "f", "g", "a"),
+        ("h", "e", "i", "j"),
+    ]  # the first and the last by the second
+    poems += [(f"{i}1", f"{i}2", f"{i}3", f"{i}4") for i in range(9)]
+    kept, held = ladder_poems.parted(poems, 5)
+    assert sorted(kept + held) == list(range(12))
+    assert 5 <= len(held) <= 7
+    assert len({0, 1, 2} & set(kept)) in (0, 3)
+    assert not {line for i in kept for line in poems[i]} & {line for i in held for line in poems[i]}
+
+
+def test_a_quatrain_has_its_form_and_its_rhyme():
+    comma, end, five, seven = 20, 21, 22, 23
+    rhyme_of = jnp.arange(24) // 2
+    form, rhyme = ladder_poems.judges(comma, {5: five, 7: seven}, rhyme_of)
+
+    def scored(prompt, lines, finished=True):
+        written = [token for line in lines for token in [comma, *line]][1:] + [end] * finished
+        tokens = np.full(33, -1)
+        tokens[: 1 + len(written)] = [prompt, *written]
+        text = Text(jnp.asarray(tokens), jnp.int32(1), jnp.int32(1 + len(written)), jnp.bool_(finished))
+        return float(form(text)), float(rhyme(text))
+
+    def lines(size, second, fourth):
+        return [[*[i] * (size - 1), last] for i, last in enumerate((9, second, 9, fourth))]
+
+    assert scored(five, lines(5, 12, 13)) == (1.0, 1.0)
+    assert scored(seven, lines(7, 12, 13)) == (1.0, 1.0)
+    assert scored(five, lines(5, 12, 14)) == (1.0, 0.0)
+    assert scored(five, lines(5, 12, 12)) == (1.0, 0.0)  # the same character is no rhyme
+    assert scored(seven, lines(5, 12, 13)) == (0.0, 0.0)  # five where seven were asked for
+    assert scored(five, lines(5, 12, 13)[:3]) == (0.0, 0.0)
+    assert scored(seven, lines(7, 12, 13), finished=False) == (0.0, 0.0)
+    assert scored(five, [[1] * 4, *lines(5, 12, 13)[1:-1], [1] * 6]) == (0.0, 0.0)
