@@ -105,6 +105,7 @@ def judges(comma: int, prompt: dict[int, int], rhyme_of: jax.Array) -> tuple[rew
 
 
 def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]:
+    """RLOO for form, rhyme and fluency from a decoder of quatrains; judged by 1,024 fresh samples before and after."""
     poems = quatrains()
     kept, held = parted(poems, NUM_HELD_OUT)
     characters = sorted({character for poem in poems for line in poem for character in line})
