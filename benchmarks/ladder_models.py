@@ -182,8 +182,8 @@ def level5(seed: int) -> dict[str, Any]:
     results |= {"ppo": score(ppo, state, greedy=False), "ppo_greedy": score(ppo, state, greedy=True)}
     print(results, flush=True)
     # λ, step sizes, the texts a step and the number of steps were chosen by greedy texts after a third set of prompts
-    # (seed 2000). In the one run that went on longer (no record) they were best
-    # after a fifth of the texts that PPO says, and worse when ε had fallen below 0.04.
+    # (seed 2000). In the one run that went on longer (no record) they were best after a fifth of the texts that PPO
+    # says, and worse when ε had fallen below 0.04.
     dqn = jrl.token_dqn.make(
         env, jrl.token_dqn.Config(num_envs=64, batch_size=64, num_updates=3, warmup_texts=64, **choices)
     )

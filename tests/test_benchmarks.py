@@ -457,11 +457,8 @@ def test_inflected_forms_of_a_word_are_on_one_side_of_the_split():
 
 
 def test_poems_that_share_a_line_are_on_one_side_of_the_split():
-    poems = [
-        ("a", "b", "c", "d"),
-        ("e", "f", "g", "a"),
-        ("h", "e", "i", "j"),
-    ]  # the first and the last by the second
+    # The first and the third by way of the second.
+    poems = [("a", "b", "c", "d"), ("e", "f", "g", "a"), ("h", "e", "i", "j")]
     poems += [(f"{i}1", f"{i}2", f"{i}3", f"{i}4") for i in range(9)]
     kept, held = ladder_poems.parted(poems, 5)
     assert sorted(kept + held) == list(range(12))

@@ -85,6 +85,8 @@ def edit_similarity_ahead(text: Text) -> Array:
     ``max(0, 1 − min_j d(x, y_1…j) / |y|)``, the best over the references. As a potential (:func:`shaped
     <jrl.language.environments.shaped>`, γ = 1) it pays each token what the token alone has lost: nothing for one that
     a best continuation may have, ``−1 / |y|`` for a mistake.
+
+    Source: Sabour et al. 2019, "Optimal Completion Distillation", https://arxiv.org/abs/1810.01398.
     """
 
     def ahead(tokens: Array, length: Array, reference: Array, reference_length: Array) -> Array:

@@ -61,9 +61,9 @@ def environment(
         separator: put after each source.
         eos: ends a translation.
         score: of the whole text, whose ``reference`` is a :class:`~jrl.language.rewards.References`.
-        potential: Φ of the text so far, added as ``Φ(s') − Φ(s)``: it pays each token at once and leaves the ranks as
-            they are (:func:`~jrl.language.environments.shaped`). For edit_similarity its own optimal value,
-            :func:`~jrl.language.rewards.edit_similarity_ahead`.
+        potential: Φ of the text so far, added as ``Φ(s') − Φ(s)``: it pays each token at once, and for a learner with
+            γ = 1 leaves the ranks as they are (:func:`~jrl.language.environments.shaped`). For edit_similarity its own
+            optimal value, :func:`~jrl.language.rewards.edit_similarity_ahead`, with which a learner may have γ = 0.
         max_new_tokens: None is the longest reference and its end.
         name: for messages and records.
 
