@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 
 MAX_LETTERS, NUM_HELD_OUT = 8, 4096
 # What the logits are multiplied by before reinforcement learning, which changes nothing that is said greedily. Without
-# it most of the gradient goes into certainty: samples get better, and greedy texts do not.
+# it samples got better and greedy texts worse (trials, no record): most of the gradient went into certainty.
 SHARPNESS = 4.0
 DECODER = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "width": 64, "mlp_width": 128}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -82,17 +82,17 @@ def stem(word: str) -> str:
 
 
 def halves(
-    pairs: translation.Pairs, held_out: int, family: Callable[[tuple[int, ...]], Hashable]
-) -> tuple[translation.Pairs, translation.Pairs]:
+    pairs: Mapping[Any, Any], held_out: int, family: Callable[[Any], Hashable]
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return pairs to learn from and at least ``held_out`` pairs held out, the same ones for every seed.
 
     Sources of one family are on the same side.
     """
-    families: dict[Hashable, list[tuple[int, ...]]] = {}
+    families: dict[Hashable, list[Any]] = {}
     for source in pairs:
         families.setdefault(family(source), []).append(source)
-    kept: dict[tuple[int, ...], Any] = {}
-    held: dict[tuple[int, ...], Any] = {}
+    kept: dict[Any, Any] = {}
+    held: dict[Any, Any] = {}
     groups = list(families.values())
     for i in np.random.default_rng(0).permutation(len(groups)):
         half = held if len(held) < held_out else kept

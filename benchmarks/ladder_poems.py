@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ladder_applications import halves
 from ladder_models import DATA, perplexity, said, train
 
 import jrl
@@ -59,15 +60,8 @@ def parted(poems: Sequence[tuple[str, ...]], held_out: int) -> tuple[list[int], 
     for i, poem in enumerate(poems):
         for line in poem:
             family[root(i)] = root(first.setdefault(line, i))
-    families: dict[int, list[int]] = {}
-    for i in range(len(poems)):
-        families.setdefault(root(i), []).append(i)
-    kept: list[int] = []
-    held: list[int] = []
-    groups = list(families.values())
-    for i in np.random.default_rng(0).permutation(len(groups)):
-        (held if len(held) < held_out else kept).extend(groups[i])
-    return kept, held
+    kept, held = halves(dict(enumerate(poems)), held_out, root)
+    return list(kept), list(held)
 
 
 def rhymes(characters: Sequence[str]) -> np.ndarray:
