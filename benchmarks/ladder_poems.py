@@ -11,6 +11,7 @@ on one side of the split.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -135,14 +136,8 @@ def level9(seed: int, updates: int = 100, rl_steps: int = 140) -> dict[str, Any]
     }
     print(results, flush=True)
 
-    def log_probs(text: jax.Array) -> jax.Array:
-        logits = transformer.forward(frozen, decoder, text[None], jnp.ones((1, text.shape[0]), bool)).logits[
-            0
-        ]
-        here = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), text[1:, None], 1)[:, 0]
-        return jnp.concatenate([jnp.zeros(1), here])
-
     form, rhyme = judges(comma, prompt, rhyme_of)
+    log_probs = functools.partial(transformer.log_probs, frozen, decoder)
     scores = {"form": form, "rhyme": rhyme, "fluency": rewards.likelihood(log_probs)}
     weights = {"form": 3.0, "rhyme": 1.0, "fluency": 0.2}
     env = token_mdp(

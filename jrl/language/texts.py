@@ -15,16 +15,13 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jrl import records
 from jrl.language import data, generation, named_rewards, runs, tokenizers
 from jrl.language.environments import Decoder, Prompts, token_mdp
-from jrl.language.runs import Model
 from jrl.networks import transformer
-from jrl.types import Array, Environment
+from jrl.types import Environment
 
 ID = "Text-jrl"
 
@@ -76,7 +73,7 @@ def make(
         tokenizers.pieces(tokenizer, vocab_size),
         max_new_tokens,
         tokens,
-        None if read is None else _log_probs(read),
+        None if read is None else functools.partial(transformer.log_probs, read.params, read.config),
     )
     per_token, rating = named_rewards.build([reward] if isinstance(reward, str) else reward, source)
     return token_mdp(
@@ -100,15 +97,6 @@ def _corpus_of(folder: Path) -> str:
         return ""
     kwargs = records.read_run(folder)["environment"]["kwargs"]  # of Text-jrl
     return kwargs.get("corpus") or _corpus_of(Path(kwargs["model"]))
-
-
-def _log_probs(model: Model) -> Callable[[Array], Array]:
-    def log_probs(tokens: Array) -> Array:
-        logits = transformer.forward(model.params, model.config, tokens[None]).logits[0, :-1]
-        said = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)[:, 0]
-        return jnp.concatenate([jnp.zeros(1), said])
-
-    return log_probs
 
 
 def _end(end: str, tokenizer: tokenizers.Tokenizer) -> int | None:

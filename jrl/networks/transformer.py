@@ -245,6 +245,25 @@ def forward(params: Params, config: Config, tokens: Array, valid: Array | None =
     return _read_out(params, config, x)
 
 
+def log_probs(params: Params, config: Config, tokens: Array) -> Array:
+    """Return ``log p(x_t | x_<t)`` of each token of one text, nats; 0 for the first, before which there is nothing.
+
+    Args:
+        params: from :func:`init`.
+        config: static.
+        tokens: int ``[L]``.
+
+    Returns:
+        float32 ``[L]``.
+
+    Raises:
+        ValueError: ``L`` exceeds ``max_length``.
+    """
+    logits = forward(params, config, tokens[None]).logits[0, :-1]
+    said = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)[:, 0]
+    return jnp.concatenate([jnp.zeros(1), said])
+
+
 def _run(
     params: Params, config: Config, tokens: Array, valid: Array | None, keep: bool
 ) -> tuple[Array, tuple[Array, Array]]:
