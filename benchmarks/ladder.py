@@ -405,8 +405,8 @@ ROWS = {
     "level7": Row(level7, **at_least("success", 0.9)),
     "level9": Row(
         level9,
-        "format >= 0.999; reward_gain > 0; perplexity_ratio <= 1.2",
-        lambda r: r["format"] >= 0.999 and r["reward_gain"] > 0 and r["perplexity_ratio"] <= 1.2,
+        "format = 1; reward_gain > 0; perplexity_ratio <= 1.2",
+        lambda r: r["format"] == 1 and r["reward_gain"] > 0 and r["perplexity_ratio"] <= 1.2,
     ),
     "level10-light": Row(level10("TrafficLight-jrl", 20), "optimal = 1; agreement >= 0.95", in_words),
     "level10-grid": Row(level10("GridWorld-jrl", 40), "optimal = 1; agreement >= 0.95", in_words),
