@@ -8,7 +8,8 @@ Level 0: every text of 8^5 enumerated; policies against π* ∝ π_ref exp(retur
 Level 1: shortest walks on trlx's graph of 21 nodes. Level 2: "the cat sat on the" → "mat" over the bigrams of a real
 text. Level 3: addition, sorting, reversing, scored on questions that no training saw. Levels 4, 5 and 10 begin with a
 language model (``benchmarks/ladder_models.py``); level 5 needs that of ``benchmarks/language.py`` in
-``runs/shakespeare``. Levels 6 and 7 are applications (``benchmarks/ladder_applications.py``), level 9 writes poems
+``runs/shakespeare``. Levels 6 and 7 are applications (``benchmarks/ladder_applications.py``), level 8 is a DQN's
+student (a language model's is in ``benchmarks/language.py``), level 9 writes poems
 (``benchmarks/ladder_poems.py``). ``bleu``: sentences a second.
 Each row writes ``benchmarks/results/language-<row>.json``: the bar, one record a seed with what was reached, wall and
 processor seconds (compilation included), settings, versions, device, commit. Real text is read from JRL_DATA or
@@ -39,6 +40,7 @@ from ladder_models import DATA, level4, level5, level10, train
 from ladder_poems import level9
 
 import jrl
+from jrl import networks, stages
 from jrl.language import dpo, exact, imitation, metrics, models, tasks, token_q
 from jrl.language import policy_gradient as pg
 from jrl.language.preferences import Pairs
@@ -350,6 +352,46 @@ def up_to(key: str, most: float) -> dict[str, Any]:
     return {"bar": f"{key} <= {most}", "reached": lambda result: result[key] <= most}
 
 
+def level8(seed: int) -> dict[str, Any]:
+    """A DQN of CartPole and a student of a quarter its size, distilled from what it thinks where it has been."""
+    env = jrl.make("CartPole-v1")
+    algo, hparams = jrl.dqn.make(env), jrl.dqn.HParams()
+    state = jax.jit(algo.init)(jax.random.key(seed), hparams)
+    state, _ = jax.block_until_ready(jrl.train(algo, state, hparams, num_steps=49_000))
+    # What the teacher sees when it acts, a little at random: 256 environments, 200 steps.
+    envs = jrl.envs.vectorize(env, 256)
+    start = jrl.rollout.start(jax.random.key(seed + 1), envs, env.params, 256)
+    wandering = algo.policy(state, greedy=False, epsilon=0.2)
+    _, seen, _ = jax.jit(jrl.rollout.unroll, static_argnums=(1, 5))(
+        jax.random.key(seed + 2), envs, env.params, wandering, start, 200
+    )
+    student = networks.q_network(env, jrl.dqn.Config(hidden_sizes=(56, 38)))
+    params = student.init(jax.random.key(seed + 3), jnp.zeros(4), ())
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, state.params)]
+    params, _ = stages.fit(
+        jax.random.key(seed + 4),
+        stages.distillation_loss(student, 0.1),
+        params,
+        (seen.obs.reshape(-1, 4), seen.extras["q"].reshape(-1, 2)),
+        num_steps=3000,
+        batch_size=256,
+    )
+
+    def act(key: Any, obs: Any, memory: Any) -> tuple[Any, Any, Any]:
+        return student.apply(params, obs, ())[0].argmax(-1).astype(jnp.int32), memory, ()
+
+    student_return, teacher_return = (
+        float(jrl.evaluate(jax.random.key(seed + 6), env, policy, num_episodes=100).episode_return.mean())
+        for policy in (act, algo.policy(state))
+    )
+    return {
+        "student": student_return,
+        "teacher": teacher_return,
+        "student_to_teacher": student_return / teacher_return,
+        "size": sizes[0] / sizes[1],
+    }
+
+
 def at_least(key: str, least: float) -> dict[str, Any]:
     return {"bar": f"{key} >= {least}", "reached": lambda result: result[key] >= least}
 
@@ -403,6 +445,11 @@ ROWS = {
     ),
     "level6-phonemes": Row(phonemes, "error_removed > 0", lambda r: r["error_removed"] > 0),
     "level7": Row(level7, **at_least("success", 0.9)),
+    "level8-dqn": Row(
+        level8,
+        "student_to_teacher >= 0.95; size <= 0.25; teacher > 400",
+        lambda r: r["student_to_teacher"] >= 0.95 and r["size"] <= 0.25 and r["teacher"] > 400,
+    ),
     "level9": Row(
         level9,
         "format = 1; reward_gain > 0; perplexity_ratio <= 1.2",

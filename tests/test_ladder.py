@@ -8,6 +8,7 @@ UNDER_A_MINUTE = [
     "level1-ppo",
     "level1-dqn",
     "level1-ilql",
+    "level8-dqn",
 ]
 
 
