@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --out gpu-results --toy      the same at toy size, on any machine
 
 Each stage is a process of its own with a limit of its own, so that one that fails or hangs does not lose the
-others. Those with a goal of time compile side by side, then wait for each other and take turns; the learning
-checks, whose time says nothing, run side by side at the end. ``gpu.jsonl`` gets each record as soon as it is
-there, ``gpu.log`` what the stages print, ``summary.json`` how each stage ended; the figures are ``bench-*.png``.
+others. Those with a goal of time compile side by side, then wait for each other and take turns; MinAtar's rows of
+``learning.py`` and then the learning checks, whose time says nothing, run side by side at the end. ``gpu.jsonl`` gets
+each record as soon as it is there, ``gpu.log`` what the stages print, ``summary.json`` how each stage ended; the
+figures are ``bench-*.png``, MinAtar's records ``learning-*.json``.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def trainings() -> dict[str, Training]:
             limit=60.0,
             repeats=MAX_REPEATS,
         ),
-        **{f"learning-{name}": row(name, 10) for name in learning.ROWS if name != "ppo-breakout-minatar"},
+        **{f"learning-{name}": row(name, 10) for name in learning.ROWS if "minatar" not in name},
     }
 
 
@@ -127,8 +128,17 @@ def bench_stages(small: bool) -> dict[str, tuple[float, str]]:
             "bench-ppo": (200.0, f"policy update sweep --algo ppo --num-minibatches 2 {tiny}"),
         }
     return {
-        "bench-ppo": (150.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
-        "bench-dqn": (80.0, "train update replay --algo dqn --num-envs 16 1024"),
+        "bench-ppo": (210.0, "all --algo ppo --num-envs 256 4096 --members 16 256"),
+        "bench-dqn": (60.0, "replay train --algo dqn --num-envs 128"),
+    }
+
+
+def minatar_stages(small: bool) -> dict[str, tuple[float, str]]:
+    """Return the limit and the arguments of each stage of ``learning.py``: two rows of ten million steps for a game."""
+    size = "--seeds 2 --env-steps 9000" if small else "--seeds 10"
+    return {
+        f"minatar-{game}": (240.0, f"ppo-{game}-minatar pqn-{game}-minatar --at-once {size}")
+        for game in ("breakout", "asterix", "freeway", "spaceinvaders")
     }
 
 
@@ -279,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     flags = ["--toy"] if arguments.toy else []
-    names = list(trainings()) + list(bench_stages(arguments.toy))
+    minatar = minatar_stages(arguments.toy)
+    names = [*trainings(), *bench_stages(arguments.toy), *minatar]
     if unknown := sorted(set(arguments.stages or ()) - set(names)):
         parser.error(f"unknown stage {', '.join(unknown)}: choose from {', '.join(names)}")
 
@@ -326,6 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.stages or name in arguments.stages:
             files = ["--json", str(out / "gpu.jsonl"), "--plot", str(out / f"{name}.png")]
             stage(name, limit, [sys.executable, "-m", "jrl", "bench", *words.split(), *files])
+    with ThreadPoolExecutor(max(len(minatar), 1)) as pool:
+        script = [sys.executable, str(Path(__file__).with_name("learning.py")), "--out", str(out)]
+        games = [name for name in minatar if not arguments.stages or name in arguments.stages]
+        list(
+            pool.map(lambda name: stage(name, minatar[name][0], [*script, *minatar[name][1].split()]), games)
+        )
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
         list(pool.map(lambda name: stage(name, chosen[name].limit, training_command(name)), checks))
     print(f"{time.perf_counter() - began:.0f} s in all; records in {out / 'gpu.jsonl'}")

@@ -4,9 +4,10 @@
     python benchmarks/learning.py --list
     python benchmarks/learning.py --table
 
-Each row trains every seed in turn, evaluates the final parameters greedily over 100 episodes with keys of
-their own, and writes ``benchmarks/results/learning-<row>.json``: settings, versions, device, commit, one
-record a seed with its learning curve.
+Each row trains every seed in turn, or with ``--at-once`` all of them side by side in one program, which is what a GPU
+is for; it evaluates the final parameters greedily over 100 episodes with keys of their own, and writes
+``benchmarks/results/learning-<row>.json``: settings, versions, device, commit, one record a seed with its learning
+curve.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Row:
     hparams: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# PPO's settings for boards, and the steps of the rows that are to take minutes; the goals are those of 10 million.
+# PPO's settings for boards.
 MINATAR = {
     "num_envs": 64,
     "num_minibatches": 8,
@@ -57,7 +58,7 @@ MINATAR = {
     "hidden_sizes": (64,),
     "shared_torso": True,
 }
-FEWER = 1_000_000
+MINATAR_STEPS = 10_000_000
 
 ROWS = {
     "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
@@ -172,30 +173,37 @@ ROWS = {
     "ppo-breakout-minatar": Row(
         "ppo",
         "Breakout-MinAtar",
-        10_000_000,
+        MINATAR_STEPS,
         45.0,
         MINATAR,
-        {"learning_rate": 5e-3, "anneal_env_steps": 1e7},
+        {"learning_rate": 5e-3, "anneal_env_steps": float(MINATAR_STEPS)},
     ),
     **{
         f"ppo-{game.lower()}-minatar": Row(
             "ppo",
             f"{game}-MinAtar",
-            FEWER,
+            MINATAR_STEPS,
             goal,
             MINATAR,
-            {"learning_rate": 5e-3, "anneal_env_steps": float(FEWER)},
+            {"learning_rate": 5e-3, "anneal_env_steps": float(MINATAR_STEPS)},
         )
         for game, goal in (("Asterix", 18.0), ("Freeway", 60.0), ("SpaceInvaders", 140.0))
     },
-    "pqn-breakout-minatar": Row(
-        "pqn",
-        "Breakout-MinAtar",
-        FEWER,
-        37.0,
-        {"hidden_sizes": (128,)},
-        {"anneal_env_steps": float(FEWER), "epsilon_env_steps": 0.1 * FEWER, "q_lambda": 0.65},
-    ),
+    **{
+        f"pqn-{game.lower()}-minatar": Row(
+            "pqn",
+            f"{game}-MinAtar",
+            MINATAR_STEPS,
+            goal,
+            {"hidden_sizes": (128,)},
+            {
+                "anneal_env_steps": float(MINATAR_STEPS),
+                "epsilon_env_steps": 0.1 * MINATAR_STEPS,
+                "q_lambda": 0.65,
+            },
+        )
+        for game, goal in (("Breakout", 37.0), ("Asterix", 55.0), ("Freeway", 63.0), ("SpaceInvaders", 128.0))
+    },
 }
 
 
@@ -205,52 +213,72 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[flo
     return round(float(interval.low), 2), round(float(interval.high), 2)
 
 
-def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:
-    """Train and evaluate ``seeds`` seeds of ``row``; return its record."""
+def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str, Any]:
+    """Train and evaluate ``seeds`` seeds of ``row``, in turn or ``at_once``; return its record."""
     module = getattr(jrl, row.algorithm)
     env = jrl.make(row.env)
     algo = module.make(env, module.Config(**row.config))
     hparams = jax.tree.map(np.float32, module.HParams(**row.hparams))
-    init = jax.jit(algo.init).lower(jax.random.key(0), hparams).compile()
-    state = init(jax.random.key(0), hparams)
-    num_steps = -(-(row.env_steps - jrl.ops.counter.to_int(state.env_steps)) // algo.env_steps_per_step)
+    groups = [list(range(seeds))] if at_once else [[seed] for seed in range(seeds)]
+    each = jax.vmap if at_once else lambda function: function
+
+    def keys(group: list[int], base: int = 0) -> jax.Array:
+        made = [jax.random.key(base + seed) for seed in group]
+        return jax.numpy.stack(made) if at_once else made[0]
+
+    def members(tree: Any, group: list[int]) -> list[Any]:
+        if not at_once:
+            return [tree]
+        leaves, treedef = jax.tree.flatten(tree)
+        return [jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves]) for i in range(len(group))]
+
+    def evaluate(key: jax.Array, state: Any) -> Any:
+        return jrl.evaluate(key, env, algo.policy(state), num_episodes=100)
+
+    init = jax.jit(each(lambda key: algo.init(key, hparams))).lower(keys(groups[0])).compile()
+    state = init(keys(groups[0]))
+    begun = jrl.ops.counter.to_int(members(state.env_steps, groups[0])[0])
+    num_steps = -(-(row.env_steps - begun) // algo.env_steps_per_step)
     chunk = -(-num_steps // CURVE_POINTS)
-    train = jax.jit(lambda state: jrl.train(algo, state, hparams, num_steps=chunk), donate_argnums=0)
-    train = train.lower(state).compile()
+    train = each(lambda state: jrl.train(algo, state, hparams, num_steps=chunk))
+    train = jax.jit(train, donate_argnums=0).lower(state).compile()
     records = []
-    for seed in range(seeds):
-        state = init(jax.random.key(seed), hparams)
-        curve, seconds, processor = [], 0.0, 0.0
+    for group in groups:
+        state = init(keys(group))
+        curves: list[list] = [[] for _ in group]
+        seconds, processor = 0.0, 0.0
         for _ in range(-(-num_steps // chunk)):
             start, processor_start = time.perf_counter(), time.process_time()
             state, metrics = jax.block_until_ready(train(state))
             seconds += time.perf_counter() - start
             processor += time.process_time() - processor_start  # without the pauses of a shared machine
-            summary = jrl.training.summarize(metrics)
-            curve.append(
-                [jrl.ops.counter.to_int(state.env_steps), round(float(summary["episode_return"]), 2)]
+            counters = members(state.env_steps, group)
+            for curve, counter, metric in zip(curves, counters, members(metrics, group), strict=True):
+                summary = jrl.training.summarize(metric)
+                curve.append([jrl.ops.counter.to_int(counter), round(float(summary["episode_return"]), 2)])
+        stats = members(each(evaluate)(keys(group, EVAL_SEED), state), group)
+        for seed, curve, stat in zip(group, curves, stats, strict=True):
+            returns = np.asarray(stat.episode_return)
+            records.append(
+                {
+                    "seed": seed,
+                    "return_mean": round(float(returns.mean()), 2),
+                    "return_std": round(float(returns.std()), 2),
+                    "return_min": round(float(returns.min()), 2),
+                    "episodes_completed": int(stat.completed.sum()),
+                    "env_steps": curve[-1][0],
+                    "train_seconds": round(seconds, 2),  # at once: of all seeds together
+                    "train_processor_seconds": round(processor, 2),
+                    "curve": curve,
+                }
             )
-        stats = jrl.evaluate(jax.random.key(EVAL_SEED + seed), env, algo.policy(state), num_episodes=100)
-        returns = np.asarray(stats.episode_return)
-        records.append(
-            {
-                "seed": seed,
-                "return_mean": round(float(returns.mean()), 2),
-                "return_std": round(float(returns.std()), 2),
-                "return_min": round(float(returns.min()), 2),
-                "episodes_completed": int(stats.completed.sum()),
-                "env_steps": curve[-1][0],
-                "train_seconds": round(seconds, 2),
-                "train_processor_seconds": round(processor, 2),
-                "curve": curve,
-            }
-        )
-        print(f"{name} seed {seed}: {records[-1]['return_mean']} in {seconds:.1f} s", flush=True)
+            print(f"{name} seed {seed}: {records[-1]['return_mean']} in {seconds:.1f} s", flush=True)
     finals = np.array([record["return_mean"] for record in records])
     return {
         "row": name,
         **dataclasses.asdict(row),
         "seeds": seeds,
+        "at_once": at_once,
         "eval_episodes": 100,
         "greedy": True,
         "iqm": round(interquartile_mean(finals), 2),
@@ -259,7 +287,7 @@ def measure(name: str, row: Row, seeds: int) -> dict[str, Any]:
         "worst": float(finals.min()),
         "jax": jax.__version__,
         "jrl": jrl.__version__,
-        "device": str(jax.devices()[0]),
+        "device": f"{jax.devices()[0]} {jax.devices()[0].device_kind}",
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
@@ -303,6 +331,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--env-steps", type=int, help="instead of the row's own, for a quick look")
+    parser.add_argument("--at-once", action="store_true", help="all seeds in one program, for a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true", help="write the table of the records into the README")
@@ -322,7 +351,7 @@ def main() -> None:
         row = ROWS[name]
         if arguments.env_steps:
             row = dataclasses.replace(row, env_steps=arguments.env_steps)
-        record = measure(name, row, arguments.seeds)
+        record = measure(name, row, arguments.seeds, arguments.at_once)
         path = arguments.out / f"learning-{name}.json"
         text = json.dumps(record, indent=1)
         path.write_text(text + "\n")

@@ -10,6 +10,7 @@ import time
 import gpu
 import jax
 import jax.numpy as jnp
+import learning
 import numpy as np
 import pytest
 
@@ -383,6 +384,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_script(tmp_path, monkeypa
     assert "well" in log.read_text()
 
     monkeypatch.setattr(gpu, "trainings", dict)
+    monkeypatch.setattr(gpu, "minatar_stages", lambda small: {})
     monkeypatch.setattr(gpu, "bench_stages", lambda small: {"bad": (60.0, "trian"), "good": (60.0, "--help")})
     assert gpu.main(["--out", str(tmp_path), "--toy"]) == 1
     ends = json.loads((tmp_path / "summary.json").read_text())
@@ -398,6 +400,8 @@ def test_every_bench_stage_of_the_gpu_script_has_good_flags(tmp_path):
         for _, words in gpu.bench_stages(small).values():
             whats = [word for word in words.split() if word in command.WHAT]
             command.parse(whats, words.split()[len(whats) :])
+        for _, words in gpu.minatar_stages(small).values():
+            assert set(words.split()[:2]) <= set(learning.ROWS)
 
 
 def test_the_child_is_a_script_of_its_own():

@@ -416,19 +416,23 @@ def test_a_worker_that_does_not_answer_is_stopped(tmp_path):
         protocol.Worker("slow", fake_job(peer, **vars(peers.Work(**peers.DEFAULTS["dqn"]))), limit=1)
 
 
-def test_learning_writes_a_curve_for_each_seed(tmp_path, monkeypatch):
-    # Chunks of one step of 2,048 steps each would take long to compile anew for every seed: one seed, tiny.
+@pytest.mark.parametrize("at_once", [False, True])
+def test_learning_writes_a_curve_for_each_seed(at_once, tmp_path, monkeypatch):
     row = learning.Row(
         "ppo", "CartPole-v1", 512, 495.0, config={"num_envs": 4, "unroll_length": 16, "num_minibatches": 2}
     )
     monkeypatch.setitem(learning.ROWS, "toy", row)
     monkeypatch.setattr(learning, "CURVE_POINTS", 2)
-    monkeypatch.setattr(sys, "argv", ["learning.py", "toy", "--seeds", "1", "--out", str(tmp_path)])
+    flags = ["--seeds", "2", "--out", str(tmp_path), *(["--at-once"] if at_once else [])]
+    monkeypatch.setattr(sys, "argv", ["learning.py", "toy", *flags])
     learning.main()
     record = json.loads((tmp_path / "learning-toy.json").read_text())
-    assert record["seeds"] == len(record["records"]) == 1
-    assert record["records"][0]["curve"][-1][0] == 512
-    assert record["records"][0]["episodes_completed"] == 100
+    assert record["seeds"] == len(record["records"]) == 2
+    assert record["at_once"] == at_once
+    curves = [one["curve"] for one in record["records"]]
+    assert [curve[-1][0] for curve in curves] == [512, 512]
+    assert curves[0] != curves[1]
+    assert [one["episodes_completed"] for one in record["records"]] == [100, 100]
     assert 1 <= record["iqm"] <= 500
 
 
