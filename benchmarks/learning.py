@@ -49,6 +49,15 @@ class Row:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     hparams: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def lasting(self, env_steps: int) -> Row:
+        """Return the row of another length, with schedules that end where they did in proportion."""
+        share = env_steps / self.env_steps
+        hparams = {
+            name: value * share if name.endswith("env_steps") else value
+            for name, value in self.hparams.items()
+        }
+        return dataclasses.replace(self, env_steps=env_steps, hparams=hparams)
+
 
 # PPO's settings for boards.
 MINATAR = {
@@ -330,7 +339,7 @@ def main() -> None:
     )
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--env-steps", type=int, help="instead of the row's own, for a quick look")
+    parser.add_argument("--env-steps", type=int, help="instead of the row's own; schedules too")
     parser.add_argument("--at-once", action="store_true", help="all seeds in one program, for a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
@@ -350,7 +359,7 @@ def main() -> None:
     for name in arguments.rows:
         row = ROWS[name]
         if arguments.env_steps:
-            row = dataclasses.replace(row, env_steps=arguments.env_steps)
+            row = row.lasting(arguments.env_steps)
         record = measure(name, row, arguments.seeds, arguments.at_once)
         path = arguments.out / f"learning-{name}.json"
         text = json.dumps(record, indent=1)
