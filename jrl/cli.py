@@ -228,23 +228,23 @@ def _free_folder(name: str) -> Path:
 
 def pretrain(args: Sequence[str]) -> int:
     """``jrl pretrain --corpus FILE ...``."""
-    from jrl.language import runs
+    from jrl.language import commands
 
-    return runs.pretrain(args, _free_folder)
+    return commands.pretrain(args, _free_folder)
 
 
 def distill(args: Sequence[str]) -> int:
     """``jrl distill MODEL --student-config JSON ...``."""
-    from jrl.language import runs
+    from jrl.language import commands
 
-    return runs.distill(args, _free_folder)
+    return commands.distill(args, _free_folder)
 
 
 def generate(args: Sequence[str]) -> int:
     """``jrl generate MODEL --prompt TEXT ...``."""
-    from jrl.language import runs
+    from jrl.language import commands
 
-    return runs.generate(args)
+    return commands.generate(args)
 
 
 # ------------------------------------------------------------------------------------------ other commands

@@ -29,6 +29,7 @@ RINGS = {
     "jrl.language": 2,
     "jrl.language.booking": 3,
     "jrl.language.bpe": 3,
+    "jrl.language.commands": 3,
     "jrl.language.data": 3,
     "jrl.language.dialogue": 1,
     "jrl.language.environments": 1,

@@ -46,7 +46,9 @@ def test_every_record_follows_from_its_seeds():
         assert record["worst"] == finals.min()
         row = learning.ROWS[record["row"]]
         assert record["goal"] == row.goal
-        assert record["env_steps"] == row.env_steps or row.env.endswith("-MinAtar")  # where no GPU was at hand
+        assert record["env_steps"] == row.env_steps or row.env.endswith(
+            "-MinAtar"
+        )  # where no GPU was at hand
         assert record["config"] == json.loads(json.dumps(row.config))
         assert record["hparams"] == row.lasting(record["env_steps"]).hparams
 
