@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jrl.networks import fused
 from jrl.networks.mlp import Dense, DenseParameters, affine, batch_first
-from jrl.ops import distributions
+from jrl.ops import distributions, normal
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
 
@@ -211,7 +211,7 @@ def distribution(action: ActionSpace) -> Callable[[Any], Any]:
             return lambda logits: distributions.MultiCategorical(logits, ns)
         case Box(shape=shape):
             _box_size(shape)
-            return lambda head: distributions.Normal(*head)
+            return lambda head: normal.Normal(*head)
     raise TypeError(f"no distribution for the action space {action!r}")
 
 

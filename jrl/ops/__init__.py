@@ -1,7 +1,7 @@
 """Formulas: arrays in, arrays out. Loads jax and chex, and nothing else of jrl but its records."""
 
 from jrl.ops import counter, mdp
-from jrl.ops.distributions import Categorical, MultiCategorical, Normal, TanhNormal, inverse_cdf, masked
+from jrl.ops.distributions import Categorical, MultiCategorical, inverse_cdf, masked
 from jrl.ops.exploration import (
     HeldAction,
     boltzmann,
@@ -30,6 +30,7 @@ from jrl.ops.losses import (
     td_error,
     value_loss,
 )
+from jrl.ops.normal import Normal, TanhNormal
 from jrl.ops.returns import (
     discounted_returns,
     gae,
