@@ -305,7 +305,7 @@ PPO += ["--env-steps", str(16 * 600), "--eval-episodes", "2"]
 
 def start(*args, devices):
     command = [sys.executable, "-m", "jrl", *map(str, args), "--progress", "none"]
-    environ = fake.environ() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environ = fake.environ(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
 
 
