@@ -65,7 +65,8 @@ def quickly_compiled(environ, level=FEW_OPTIMIZATIONS["xla_backend_optimization_
 
 
 def is_optimized(item):
-    return ALL_OPTIMIZED or item.get_closest_marker("optimized") is not None
+    marker = item.get_closest_marker("optimized")
+    return ALL_OPTIMIZED or (marker is not None and marker.args != (False,))
 
 
 # Modules whose tests share nothing (most are processes of their own): each test goes to the worker that is free.
