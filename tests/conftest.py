@@ -18,12 +18,12 @@ from jax._src import compiler  # noqa: E402
 
 CACHE = Path(os.environ.get("JRL_TEST_CACHE", Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Compiling is most of what the suite does, so programs of tests are compiled with few optimisations. Tests marked
-# "optimized" (same bits, time, memory; training in the contract), and almost all processes that tests start, have all
-# of XLA's, as a user has; so has every test with JRL_TEST_OPTIMIZED=1.
+# Compiling is most of what the suite does, so programs of tests are compiled with few optimisations, as are those of
+# most processes that tests start (quickly_compiled). Tests marked "optimized" (same bits, time, memory; training in the
+# contract) have all of XLA's, as a user has; so has every test and process with JRL_TEST_OPTIMIZED=1.
 ALL_OPTIMIZED = os.environ.get("JRL_TEST_OPTIMIZED", "0") == "1"
 FEW_OPTIMIZATIONS = {
     "xla_backend_optimization_level": 0,
@@ -47,16 +47,26 @@ def options_of_tests(*args, **kwargs):
 compiler.get_compile_options = options_of_tests
 
 
-def quickly_compiled(environ):
-    """The environment of a process that compiles as tests do, for one whose programs hardly compute."""
-    if ALL_OPTIMIZED:
-        return dict(environ)
-    flags = [f"--{name}={str(value).lower()}" for name, value in FEW_OPTIMIZATIONS.items()]
-    return {**environ, "XLA_FLAGS": " ".join([environ.get("XLA_FLAGS", ""), *flags]).strip()}
+def quickly_compiled(environ, level=FEW_OPTIMIZATIONS["xla_backend_optimization_level"]):
+    """The environment of a process that compiles as tests do and shares their compiled programs.
+
+    One that also computes for a while takes least with a ``level`` of 1.
+    """
+    environ = {
+        **environ,
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if not ALL_OPTIMIZED and jax.default_backend() == "cpu":
+        options = FEW_OPTIMIZATIONS | {"xla_backend_optimization_level": level}
+        flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
+        environ["XLA_FLAGS"] = " ".join([environ.get("XLA_FLAGS", ""), *flags]).strip()
+    return environ
 
 
 def is_optimized(item):
-    return ALL_OPTIMIZED or item.get_closest_marker("optimized") is not None
+    marker = item.get_closest_marker("optimized")
+    return ALL_OPTIMIZED or (marker is not None and marker.args != (False,))
 
 
 # Modules whose tests share nothing (most are processes of their own): each test goes to the worker that is free.

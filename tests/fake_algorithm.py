@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import conftest
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,14 +16,11 @@ from jrl.ops import counter
 from jrl.types import Algorithm, Discrete, Policy
 
 
-def environ():
-    """Return the variables of a subprocess: it finds jrl, and shares this process's compiled programs."""
+def environ(**changes):
+    """Return the variables of a subprocess: it finds jrl, and compiles as tests do."""
     root = str(Path(__file__).parent.parent)
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return conftest.quickly_compiled(os.environ | {"PYTHONPATH": path} | changes)
 
 
 def environment(limit: int = 5):

@@ -25,6 +25,15 @@ def test_a_marked_test_is_compiled_as_for_a_user():
     assert overrides() == {}
 
 
+@pytest.mark.skipif(conftest.ALL_OPTIMIZED, reason="JRL_TEST_OPTIMIZED=1")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs compile with few optimisations")
+@pytest.mark.optimized
+class TestAmongMarkedOnes:
+    @pytest.mark.optimized(False)
+    def test_a_test_may_still_be_compiled_with_few(self):
+        assert overrides() == conftest.FEW_OPTIMIZATIONS
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an option of CPUs")
 def test_an_option_that_the_compiler_does_not_know_is_an_error(monkeypatch):
     """So that a new compiler cannot leave the options without effect."""

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import conftest
 import pytest
 
 from jrl import cli
@@ -22,12 +23,10 @@ TRAIN, TEST = "train-command", "test-command"
 
 
 def environment() -> dict[str, str]:
-    """That of a user, but for a compilation cache: without the fake devices that tests/conftest.py asks for."""
-    import jax
-
-    cache = str(jax.config.jax_compilation_cache_dir)
-    ours = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ours
+    """That of a user, but for how it compiles: without the fake devices that tests/conftest.py asks for."""
+    return conftest.quickly_compiled(
+        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    )
 
 
 def run(arguments: list[str], folder: Path) -> str:

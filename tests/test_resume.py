@@ -17,8 +17,6 @@ import pytest
 import jrl
 from jrl import checkpoint, driver, records
 
-pytestmark = pytest.mark.optimized  # bits of different processes
-
 PPO = {
     "num_envs": 2, "unroll_length": 8, "num_minibatches": 2, "num_epochs": 1, "hidden_sizes": (4,),
     "normalize_observations": True, "normalize_rewards": True,

@@ -57,9 +57,8 @@ class Case:
                 program.chunk(self.algo, mesh, width, NUM_STEPS),
             )
         init, chunk = self.programs[devices, width]
-        place = lambda tree: jax.device_put(tree, program.sharding(mesh))  # noqa: E731
-        seeds, hparams = place(jnp.asarray(seeds, jnp.uint32)), place(hparams)
-        failed_at = place(jnp.full(len(seeds), program.RUNNING, jnp.int32))
+        seeds, hparams = placed((jnp.asarray(seeds, jnp.uint32), hparams), mesh)
+        failed_at = placed(jnp.full(len(seeds), program.RUNNING, jnp.int32), mesh)
         states = init(seeds, hparams)
         groups = len(seeds) // devices // (width or len(seeds) // devices)
         (states, _), report = chunk(states, failed_at, hparams, *map(jnp.int32, (0, NUM_STEPS, groups)))
@@ -69,6 +68,10 @@ class Case:
 @pytest.fixture(scope="module", params=[ppo, dqn], ids=["ppo", "dqn"])
 def case(request):
     return Case(request.param)
+
+
+def placed(tree, mesh):
+    return jax.device_put(tree, program.sharding(mesh))
 
 
 def host(tree):
@@ -114,6 +117,7 @@ def test_members_do_not_depend_on_the_number_of_devices_or_on_each_other(case):
     assert_same_bits(jax.tree.map(lambda leaf: leaf[order], states), shuffled)
 
 
+@pytest.mark.optimized(False)
 def test_side_by_side_is_one_by_one_to_rounding(case):
     hparams = grid_of_four(case)
     alone, _ = case.train(hparams, [0, 1, 2, 3])
@@ -136,22 +140,28 @@ def test_no_two_members_share_a_random_stream(case):
 def test_any_values_of_any_leaf_are_one_compilation(case):
     traced = case.counted()
     mesh = program.mesh(jax.devices()[:1])
-    init, chunk = program.init(traced, mesh, 1), program.chunk(traced, mesh, 1, 1)
+    # the very programs of the other tests, found in the compilation cache
+    init, chunk = program.init(traced, mesh, 1), program.chunk(traced, mesh, 1, NUM_STEPS)
+    seeds = placed(jnp.arange(4, dtype=jnp.uint32), mesh)
+
+    def train(states, hparams):
+        failed_at = placed(jnp.full(4, program.RUNNING, jnp.int32), mesh)
+        chunk(states, failed_at, hparams, *map(jnp.int32, (0, 1, 4)))
+
     for name in [None, *members.names(case.single)]:
         leaf = None if name is None else np.asarray(members.names(case.single)[name])
         if leaf is not None and leaf.ndim:
             continue
-        values = {} if name is None else {name: [leaf.item(), leaf.item() + 1]}
-        hparams = sweep.grid(case.single, **values) if values else members.broadcast(case.single, 2)
-        states = init(jnp.arange(2, dtype=jnp.uint32), hparams)
-        failed_at = jnp.full(2, program.RUNNING, jnp.int32)
+        values = {} if name is None else {name: [leaf.item() + i for i in range(4)]}
+        hparams = sweep.grid(case.single, **values) if values else members.broadcast(case.single, 4)
+        hparams = placed(hparams, mesh)
+        states = init(seeds, hparams)
         if name is None:  # training is compiled once; that it serves every leaf is in the shapes it was given
-            chunk(states, failed_at, hparams, *map(jnp.int32, (0, 1, 2)))
+            train(states, hparams)
             first = dict(case.traced)
             shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), hparams)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), hparams) == shapes
-    states = init(jnp.arange(2, dtype=jnp.uint32), hparams)
-    chunk(states, jnp.full(2, program.RUNNING, jnp.int32), hparams, *map(jnp.int32, (0, 1, 2)))
+    train(init(seeds, hparams), hparams)
     assert case.traced == first == {"init": 1, "step": 1}
 
 
@@ -172,16 +182,21 @@ def test_a_bad_member_costs_itself_only(case):
 
 
 def test_a_sweep_over_the_environment_is_trained_and_evaluated_in_it(case):
-    short = sweep.grid(case.single, **{"env.max_steps_in_episode": [5, 500]})
-    case.train(short, [0, 0])
-    evaluate = program.evaluate(case.algo, ENV, program.mesh(jax.devices()[:1]), 1, 3)
-    init = case.programs[1, 1][0](jnp.zeros(2, jnp.uint32), short)
-    evaluation = evaluate(init, jnp.zeros(2, jnp.uint32), short)
-    assert evaluation.episode_length_mean[0] == 5
-    assert evaluation.episode_return_max[0] == 5
-    assert evaluation.episode_length_mean[1] > 5
+    # twice, for four members are what the other tests compile
+    short = sweep.grid(case.single, **{"env.max_steps_in_episode": [5, 500, 5, 500]})
+    case.train(short, [0, 0, 1, 1])
+    mesh = program.mesh(jax.devices()[:1])
+    seeds, short = placed((jnp.asarray([0, 0, 1, 1], jnp.uint32), short), mesh)
+    evaluate = program.evaluate(case.algo, ENV, mesh, 1, 3)
+    init = case.programs[1, 1][0](seeds, short)
+    evaluation = evaluate(init, seeds, short)
+    for i in (0, 2):
+        assert evaluation.episode_length_mean[i] == 5
+        assert evaluation.episode_return_max[i] == 5
+        assert evaluation.episode_length_mean[i + 1] > 5
 
 
+@pytest.mark.optimized(False)
 def test_batch_is_an_algorithm_like_any_other(case):
     many = sweep.batch(case.algo)
     keys, hparams = sweep.product(sweep.seeds(2), sweep.grid(case.single, learning_rate=[1e-4, 1e-2]))

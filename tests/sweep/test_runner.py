@@ -305,10 +305,11 @@ PPO += ["--env-steps", str(16 * 600), "--eval-episodes", "2"]
 
 def start(*args, devices):
     command = [sys.executable, "-m", "jrl", *map(str, args), "--progress", "none"]
-    environ = fake.environ() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environ = fake.environ(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.optimized(False)  # as its processes are
 def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "sweep"
     args = ["sweep", "ppo", *PPO, "--devices", 2]
@@ -482,6 +483,7 @@ def _environment(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_environment")
+@pytest.mark.optimized(False)
 def test_the_command(capsys, tmp_path):
     args = ["fake", "--env", "Fake-v0", "--env-steps", str(STEPS), "--seeds", "3", "--eval-episodes", "4"]
     args += ["--grid", "learning_rate=0.1,0.2", "--devices", "2", "--prng", "hashed"]
@@ -506,6 +508,7 @@ def test_the_command(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("_environment")
+@pytest.mark.optimized(False)
 def test_static_fields_are_swept_in_groups(capsys, tmp_path):
     args = [
         "sweep",
