@@ -306,7 +306,8 @@ def make(
         powers = hparams.gamma ** jnp.arange(config.n_step, dtype=jnp.float32)
         # Not a matrix product, which an accelerator may round to TF32.
         reward = (powers[:, None] * sample.rewards).sum(0)
-        discount = hparams.gamma ** sample.length.astype(jnp.float32) * (1.0 - sample.terminated)
+        # The power last, which XLA computes once: a product it would repeat for every atom.
+        discount = jnp.where(sample.terminated, 0.0, hparams.gamma) ** sample.length.astype(jnp.float32)
         head = q_function.head(state.support)
         next_output = q_function.evaluate(state.target_params, sample.next_obs, drawn[0])
         next_q = q_function.mean(next_output, sample.next_obs, state.support)

@@ -103,8 +103,7 @@ class QNetwork(nn.Module):
         if self.dueling:
             value = DenseParameters(math.prod(shape[1:]), 1.0, name="Dense_1")(fan_in)
             kernel, bias = (
-                _dueling(x.reshape(*x.shape[:-1], *shape), v, len(shape)).reshape(x.shape)
-                for x, v in zip((kernel, bias), value, strict=True)
+                _dueling(x, v, self.num_actions) for x, v in zip((kernel, bias), value, strict=True)
             )
         if not features_first:
             q = features @ kernel + bias
@@ -116,16 +115,16 @@ class QNetwork(nn.Module):
         return jnp.moveaxis(q.reshape(*shape, -1), -1, 0)
 
 
-def _dueling(advantage: jax.Array, value: jax.Array, rank: int) -> jax.Array:
-    """Return parameters of ``V + A − mean_a A``, ``advantage [..., A, K]`` (rank 2) or ``[..., A]`` (rank 1).
+def _dueling(advantage: jax.Array, value: jax.Array, num_actions: int) -> jax.Array:
+    """Return parameters of ``V + A − mean_a A``, of ``advantage [..., A K]`` and ``value [..., K]``.
 
     Both heads are linear in the same features, so what is done to their outputs can be done to their weights: one
-    product instead of two, and sums over the weights instead of over the batch.
+    product instead of two, and sums over the weights instead of over the batch. An action at a time, as XLA finds its
+    way in an array ``[..., A, K]`` by a division for every entry.
     """
-    value = value.reshape(*advantage.shape[:-rank], 1, *advantage.shape[advantage.ndim - rank + 1 :])
-    # A sum written out, which XLA fuses with the rest: its library's reduction takes longer than a layer does.
-    mean = sum(jnp.unstack(advantage, axis=-rank)) / advantage.shape[-rank]
-    return value + advantage - jnp.expand_dims(mean, -rank)
+    actions = jnp.split(advantage, num_actions, axis=-1)
+    base = value - sum(actions) / num_actions
+    return jnp.concatenate([action + base for action in actions], axis=-1)
 
 
 class ImplicitQNetwork(nn.Module):

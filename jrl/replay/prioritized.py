@@ -47,8 +47,7 @@ def sample(
     held = (state.ring.filled * num_envs).astype(jnp.float32)
     probability = priority / sum_tree.total(state.tree)
     log_weight = -beta * jnp.log(held * probability)
-    weight = jnp.exp(log_weight - log_weight.max())
-    return uniform.window(state.ring, index, num_envs, n, weight)
+    return uniform.window(state.ring, index, num_envs, n, log_weight - log_weight.max())
 
 
 def update_priorities(

@@ -174,7 +174,7 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
     age = (jax.random.bits(key, (batch_size,), jnp.uint32) % held).astype(jnp.int32)
     oldest = (state.row - state.filled) % state.layout.rows * num_envs
     index = (oldest + age) % (state.layout.rows * num_envs)
-    return window(state, index, num_envs, n, jnp.ones((batch_size,), jnp.float32))
+    return window(state, index, num_envs, n, jnp.zeros((batch_size,), jnp.float32))
 
 
 def read(state: UniformState, index: Array) -> Transition:
@@ -189,8 +189,8 @@ def steps(state: UniformState, index: Array) -> tuple[Transition, Array]:
     return step._replace(obs=obs, next_obs=next_obs), lost
 
 
-def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Array) -> Sample:
-    """Gather the windows that start at ``index`` (int32 ``[N]``), see :class:`Sample`."""
+def window(state: UniformState, index: Array, num_envs: int, n: int, log_weight: Array) -> Sample:
+    """Gather the windows that start at ``index`` (int32 ``[N]``), see :class:`Sample`; ``log_weight [N]`` of its weight."""
     layout = state.layout
     items = layout.rows * num_envs
     start, obs = _unpack(layout, _gather(state.storage, index, layout.words))
@@ -218,7 +218,9 @@ def window(state: UniformState, index: Array, num_envs: int, n: int, weight: Arr
         length=length,
         terminated=terminated,
         next_obs=next_obs,
-        weight=jnp.where(lost, 0.0, weight),
+        # The exponential last: XLA then computes it once, and not again for each of the head's outputs, as it would
+        # where the record is unpacked.
+        weight=jnp.exp(jnp.where(lost, -jnp.inf, log_weight)),
         position=index,
     )
 
