@@ -190,7 +190,7 @@ def steps(state: UniformState, index: Array) -> tuple[Transition, Array]:
 
 
 def window(state: UniformState, index: Array, num_envs: int, n: int, log_weight: Array) -> Sample:
-    """Gather the windows that start at ``index`` (int32 ``[N]``), of weight ``exp(log_weight)``; see :class:`Sample`."""
+    """Gather the windows that start at ``index`` (int32 ``[N]``), of weights ``exp(log_weight)``."""
     layout = state.layout
     items = layout.rows * num_envs
     start, obs = _unpack(layout, _gather(state.storage, index, layout.words))
