@@ -224,6 +224,9 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[flo
 
 def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str, Any]:
     """Train and evaluate ``seeds`` seeds of ``row``, in turn or ``at_once``; return its record."""
+    # Before the training, in which the clone may move on.
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = head.stdout.strip()
     module = getattr(jrl, row.algorithm)
     env = jrl.make(row.env)
     algo = module.make(env, module.Config(**row.config))
@@ -297,9 +300,7 @@ def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str,
         "jax": jax.__version__,
         "jrl": jrl.__version__,
         "device": f"{jax.devices()[0]} {jax.devices()[0].device_kind}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit,
         "records": records,
     }
 
