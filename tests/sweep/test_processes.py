@@ -36,7 +36,8 @@ ARGS += [
 ]
 # what the collectives' library prints piece by piece, from several threads at once
 GLOO = r"\[Gloo\] Rank |\d+|is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s"
-ARGS += ["--env-steps", str(16 * 40), "--eval-episodes", "2", "--devices", "2", "--progress", "none"]
+NUM_STEPS = 40
+ARGS += ["--env-steps", str(16 * NUM_STEPS), "--eval-episodes", "2", "--devices", "2", "--progress", "none"]
 
 
 def free_port():
@@ -108,6 +109,7 @@ def test_a_killed_process_and_a_restart_change_nothing(whole, tmp_path):
     saved = checkpoint.latest_step(out / "checkpoints")
     checkpoint.verify(out / "checkpoints", saved)
     assert not (out / "table.csv").exists()
+    assert saved < NUM_STEPS
     # with one process and two devices, and then to the end
     finish(*start_two(*args[:3]))
     assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
