@@ -222,6 +222,13 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000) -> tuple[flo
     return round(float(interval.low), 2), round(float(interval.high), 2)
 
 
+def curve_point(env_steps: jax.Array, metrics: jrl.types.Metrics) -> tuple[int, float | None]:
+    """Return the steps so far and the mean return of the episodes in ``metrics``; None where none ended."""
+    summary = jrl.training.summarize(metrics)
+    returned = round(float(summary["episode_return"]), 2) if summary["num_episodes"] > 0 else None
+    return jrl.ops.counter.to_int(env_steps), returned
+
+
 def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str, Any]:
     """Train and evaluate ``seeds`` seeds of ``row``, in turn or ``at_once``; return its record."""
     # Before the training, in which the clone may move on.
@@ -266,8 +273,7 @@ def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str,
             processor += time.process_time() - processor_start  # without the pauses of a shared machine
             counters = members(state.env_steps, group)
             for curve, counter, metric in zip(curves, counters, members(metrics, group), strict=True):
-                summary = jrl.training.summarize(metric)
-                curve.append([jrl.ops.counter.to_int(counter), round(float(summary["episode_return"]), 2)])
+                curve.append(curve_point(counter, metric))
         stats = members(each(evaluate)(keys(group, EVAL_SEED), state), group)
         for seed, curve, stat in zip(group, curves, stats, strict=True):
             returns = np.asarray(stat.episode_return)

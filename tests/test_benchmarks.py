@@ -436,6 +436,14 @@ def test_learning_writes_a_curve_for_each_seed(at_once, tmp_path, monkeypatch):
     assert 1 <= record["iqm"] <= 500
 
 
+def test_a_curve_has_no_return_where_no_episode_ended():
+    steps = jrl.ops.counter.add(jrl.ops.counter.zero(), 640)
+    metrics = {"num_episodes": jnp.zeros(3), "episode_return": jnp.zeros(3)}
+    assert learning.curve_point(steps, metrics) == (640, None)
+    metrics = {"num_episodes": jnp.array([0.0, 1.0, 3.0]), "episode_return": jnp.array([0.0, 2.0, 4.0])}
+    assert learning.curve_point(steps, metrics) == (640, 3.5)
+
+
 def test_inflected_forms_of_a_word_are_on_one_side_of_the_split():
     families = [
         ["wade", "wades", "waded", "wading"],
