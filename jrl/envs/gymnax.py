@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,12 +39,34 @@ FAST: dict[str, Callable[[Any, ActionSpace, str], Environment]] = {
     "SpaceInvaders-MinAtar": minatar.space_invaders,
 }
 
+# What gymnax imports for its render methods alone: four fifths of the time that importing it takes.
+_DRAWING = ("seaborn", "matplotlib.pyplot")
+
+
+class _Later(types.ModuleType):
+    """Stands for a module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system's own questions
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@functools.cache
+def _gymnax() -> types.ModuleType:
+    """Import gymnax; the libraries that it draws with follow if it draws."""
+    later = {name: _Later(name) for name in _DRAWING if name not in sys.modules}
+    sys.modules.update(later)
+    try:
+        return importlib.import_module("gymnax")
+    finally:
+        for name in later:  # gymnax's modules hold them; all others get the real ones
+            sys.modules.pop(name, None)
+
 
 def registered() -> list[str]:
     """Return the ids gymnax has registered, in its order."""
-    import gymnax
-
-    return list(gymnax.registered_envs)
+    return list(_gymnax().registered_envs)
 
 
 def make_registered(
@@ -52,9 +77,7 @@ def make_registered(
     Where jrl has its own version (:data:`FAST`) that is taken, unless ``fast`` is False or gymnax's factory is
     given arguments, which only gymnax's version knows.
     """
-    import gymnax
-
-    env, default = gymnax.make(env_id, **kwargs)
+    env, default = _gymnax().make(env_id, **kwargs)
     params = _merge(default, params, env_id)
     if fast and not kwargs and env_id in FAST:
         return FAST[env_id](params, _action_space(env.action_space(params), env_id), env_id)
@@ -80,6 +103,7 @@ def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None =
         TypeError: ``env`` is one of gymnax's wrappers, or no gymnax environment.
         ValueError: the action space has no counterpart, or ``params`` names a field that does not exist.
     """
+    _gymnax()
     from gymnax.environments import environment, spaces
 
     if not isinstance(env, environment.Environment):
@@ -121,8 +145,7 @@ def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None =
 
 def register(env_id: str, factory: Callable[..., Environment]) -> None:
     """Register a factory of jrl's with gymnax, once; an id that gymnax already has is left as it is."""
-    import gymnax
-
+    gymnax = _gymnax()
     if env_id not in gymnax.registered_envs:
         gymnax.register(env_id, lambda **kwargs: to_gymnax(factory(**kwargs)))
 
@@ -155,6 +178,7 @@ def to_gymnax(env: Environment) -> Any:
 @functools.cache
 def _reverse_adapter() -> type:
     """The class of :func:`to_gymnax`; made on demand, since its base class is gymnax's."""
+    _gymnax()
     from gymnax.environments import environment, spaces
 
     @jax.tree_util.register_dataclass
