@@ -220,8 +220,8 @@ def test_env_steps_are_counted(kernel):
 def test_no_key_is_used_twice_and_no_tracer_leaks(kernel, case):
     algo = case.make()
     with jax.debug_key_reuse(True), jax.checking_leaks():
-        jax.jit(algo.init).lower(jax.random.key(0), kernel.hparams)
-        jax.jit(algo.step).lower(kernel.start, kernel.hparams)
+        jax.jit(algo.init).trace(jax.random.key(0), kernel.hparams)
+        jax.jit(algo.step).trace(kernel.start, kernel.hparams)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -230,18 +230,23 @@ def test_policy_is_pure_and_takes_any_batch_shape(kernel, case, greedy):
     env = cases.environment(case.env)
     policy = kernel.algo.policy(kernel.second, greedy=greedy)
     obs = jax.tree.map(lambda leaf: leaf[0], kernel.second.rollout.obs)
+    example = jax.eval_shape(env.action.sample, jax.random.key(0))
+
+    def act(key, shape):
+        batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), obs)
+        action, memory, _ = policy(key, batch, policy.init_memory(shape))
+        return action, memory
+
     for shape in ((), (3,), (2, 5)):
-        batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), obs)  # noqa: B023
-        action, memory, _ = policy(jax.random.key(0), batch, policy.init_memory(shape))
-        again, _, _ = policy(jax.random.key(0), batch, policy.init_memory(shape))
-        np.testing.assert_array_equal(action, again)
-        example = jax.eval_shape(env.action.sample, jax.random.key(0))
+        action, memory = jax.eval_shape(lambda key: act(key, shape), jax.random.key(0))  # noqa: B023
         assert action.shape == (*shape, *example.shape)
         assert action.dtype == example.dtype
         assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, policy.init_memory(shape))
+
+    first, again, other = (act(jax.random.key(seed), (2, 5))[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
     if greedy:
-        other, _, _ = policy(jax.random.key(1), batch, policy.init_memory(shape))
-        np.testing.assert_array_equal(action, other)
+        np.testing.assert_array_equal(first, other)
 
 
 @one_case_of_each
