@@ -45,16 +45,8 @@ def ppo_on(probe):
 
 
 def train_dqn(env, numbers=(), module=dqn, **choices):
-    config = module.Config(
-        num_envs=16,
-        unroll_length=4,
-        num_updates=8,
-        batch_size=64,
-        capacity=4096,
-        warmup_env_steps=512,
-        hidden_sizes=(16,),
-        **choices,
-    )
+    sizes = {"num_envs": 16, "unroll_length": 4, "num_updates": 8, "batch_size": 64, "hidden_sizes": (16,)}
+    config = module.Config(capacity=4096, warmup_env_steps=512, **(sizes | choices))
     numbers = {"target_period": 192.0, "tau": 0.05, "epsilon_end": 0.5, "epsilon_env_steps": 1.0} | dict(
         numbers
     )
@@ -273,7 +265,7 @@ def test_every_distribution_of_dqn_has_the_mean_of_the_truncation_probe(distribu
         numbers = {"value_min": 0.0, "value_max": 20.0}
         algo, state = train_dqn(probe.env, numbers, rainbow, num_atoms=21)
     else:
-        algo, state = train_dqn(probe.env, distribution=distribution, num_atoms=8)
+        algo, state = train_dqn(probe.env, distribution=distribution, num_atoms=4, batch_size=16)
     _, _, extras = algo.policy(state)(jax.random.key(0), jnp.asarray(probe.observations))
     assert_values(extras["q"].max(-1), probe.value(GAMMA), 0.02)
 
