@@ -49,7 +49,13 @@ class _Later(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system's own questions
             raise AttributeError(name)
+        self._leave()
         return getattr(importlib.import_module(self.__name__), name)
+
+    def _leave(self) -> None:
+        """Let an import find the real module."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
 
 
 @functools.cache
@@ -60,8 +66,8 @@ def _gymnax() -> types.ModuleType:
     try:
         return importlib.import_module("gymnax")
     finally:
-        for name in later:  # gymnax's modules hold them; all others get the real ones
-            sys.modules.pop(name, None)
+        for module in later.values():  # gymnax's modules hold them; all others get the real ones
+            module._leave()
 
 
 def registered() -> list[str]:

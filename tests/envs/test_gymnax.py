@@ -4,6 +4,7 @@ jrl's own versions of some of them are compared in test_fast.py.
 """
 
 import functools
+import sys
 
 import gymnax
 import gymnax.wrappers
@@ -16,6 +17,7 @@ from gymnax.environments import environment, spaces
 
 import jrl
 from jrl.envs import DOWNLOADS
+from jrl.envs.gymnax import _Later
 
 IDS = [i for i in gymnax.registered_envs if i not in DOWNLOADS]
 STEPS = 150
@@ -58,6 +60,21 @@ def both(env_id):
 def assert_same(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_module_for_later_is_the_real_one_once_something_of_it_is_asked_for(monkeypatch):
+    """Also while the import that it waits for is under way, when imports find it in the real one's place."""
+    name = "colorsys"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    later = _Later(name)
+    monkeypatch.setitem(sys.modules, name, later)
+    with pytest.raises(AttributeError):
+        later.__path__  # noqa: B018
+    assert sys.modules[name] is later
+    assert later.rgb_to_hsv(1.0, 0.0, 0.0) == (0.0, 1.0, 1.0)
+    assert sys.modules[name] is not later
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        later.nothing  # noqa: B018
 
 
 def test_there_are_25():
