@@ -43,6 +43,7 @@ RINGS = {
     "jrl.language.spelling": 1,
     "jrl.language.tasks": 1,
     "jrl.language.texts": 3,
+    "jrl.language.tokenizer_files": 3,
     "jrl.language.tokenizers": 3,
     "jrl.language.weights": 3,
     "jrl.meta": 2,

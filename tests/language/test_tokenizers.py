@@ -8,7 +8,7 @@ import bundle
 import numpy as np
 import pytest
 
-from jrl.language import bpe, tokenizers
+from jrl.language import bpe, tokenizer_files, tokenizers
 from jrl.language.tokenizers import BPE, Byte, Char, Word
 
 GREEDY = [
@@ -76,7 +76,7 @@ def test_the_same_vocabulary_as_tokenizer_json_and_as_ranks(tmp_path, gpt2):
     ranks = [bytes([b]) for b in range(256)] + [gpt2.pieces[i] for i in range(256, 263)]
     lines = [f"{base64.b64encode(piece).decode()} {i}" for i, piece in enumerate(ranks)]
     (tmp_path / "x.tiktoken").write_text("\n".join(lines))
-    from_ranks = tokenizers.read_tiktoken(tmp_path / "x.tiktoken", pattern=tokenizers.GPT2_PATTERN)
+    from_ranks = tokenizer_files.read_tiktoken(tmp_path / "x.tiktoken", pattern=bpe.GPT2_PATTERN)
     for text in TEXTS:
         assert from_json.encode(text) == from_ranks.encode(text) == gpt2.encode(text)
     assert from_json.encode("e\u0301") == gpt2.encode("\u00e9")  # NFC
