@@ -57,6 +57,11 @@ class Config:
                 f"num_updates={self.num_updates} with vtrace=False: after the first step the data is another policy's; "
                 "use vtrace=True, or jrl.ppo."
             )
+        if self.standardize_advantages and self.num_envs == self.unroll_length == 1:
+            raise ValueError(
+                "num_envs=1 with unroll_length=1 leaves one transition an update, whose standardised advantage is "
+                "always 0; use more, or standardize_advantages=False."
+            )
         check_torso(self)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.types import Array, Box, Discrete, Environment, FiniteObservation, Network, Shards
+from jrl.types import Array, Box, Discrete, Environment, FiniteObservation, Network, Shards, TokenObservation
 
 
 def environment(env: Any) -> None:
@@ -114,6 +114,15 @@ def shard(config: Any, shards: Shards) -> int:
             "equal part of every shard; use fewer minibatches or shards."
         )
     return num_envs
+
+
+def amounts(env: Environment, field: str) -> None:
+    """Raise ValueError if the observations are tokens, names that have neither mean nor spread."""
+    if any(isinstance(leaf, TokenObservation) for leaf in jax.tree.leaves(env.observation)):
+        raise ValueError(
+            f"{field}=True on {env.name}: its observations are tokens, and a token less the mean token is none; "
+            f"leave {field} out."
+        )
 
 
 def minibatches(config: Any) -> None:

@@ -148,7 +148,7 @@ class HParams:
     epsilon_end: float = 0.05
     """Chance of a random action after epsilon_env_steps."""
     epsilon_env_steps: float = 100_000.0
-    """Environment steps over which ε goes linearly to its end."""
+    """Environment steps over which ε goes linearly to its end; 0 keeps it constant at its start."""
     persistence: float = 2.0
     """μ of persistent exploration: an action is held for k steps or more with chance k^(1 − μ)."""
     target_period: float = 2_000.0
@@ -179,7 +179,7 @@ class HParams:
     importance_exponent_end: float = 1.0
     """β at the end of importance_env_steps."""
     importance_env_steps: float = 500_000.0
-    """Environment steps over which β goes linearly to its end."""
+    """Environment steps over which β goes linearly to its end; 0 keeps it constant at its start."""
     env: PyTree = None
     """The environment's own parameters; None means env.params."""
 
@@ -242,8 +242,10 @@ def make(
 
     def act_noisily(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         noise_key, key = jax.random.split(key)
-        # A policy may be run on another number of environments than it was trained on.
-        num = math.gcd(config.noise_draws, jax.tree.leaves(obs)[0].shape[0])
+        # A policy may be run on another number of environments than it was trained on, or on one without an axis.
+        leaf, spec = jax.tree.leaves(obs)[0], jax.tree.leaves(env.observation)[0]
+        batch_shape = leaf.shape[: leaf.ndim - len(spec.shape)]
+        num = math.gcd(config.noise_draws, batch_shape[0]) if batch_shape else 1
         drawn = [jnp.asarray(one.noise) for one in q_function.draw(noise_key, acting[0], num, ())]
         noise = drawn[0] if num == 1 else jnp.stack(drawn)
         return act(acting, key, obs, memory, q_functions.Drawn(noise, None))
@@ -361,6 +363,8 @@ def make(
         (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, sample, targets(state, sample, hparams, drawn[1:]), head, drawn[0]
         )
+        # One whose successor is lost is not learned from; its error is that of another episode, and no priority.
+        td_error = jnp.where(sample.weight > 0.0, td_error, 0.0)
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         state = dataclasses.replace(
             state, params=optax.apply_updates(state.params, updates), opt_state=opt_state

@@ -181,7 +181,8 @@ def make(
     Raises:
         TypeError: ``env``, ``config`` or ``network`` is not what it should be.
         ValueError: ``env`` is vectorised already; ``network``'s output does not fit the action space; ``config``
-            cannot be split into so many shards, or the sequences of a memory into so many minibatches.
+            cannot be split into so many shards, or the sequences of a memory into so many minibatches, or normalises
+            observations that are tokens.
     """
     config = checks.config(config, Config)
     num_envs = checks.shard(config, shards)
@@ -198,6 +199,8 @@ def make(
             core=networks.memory_core(config),
         ),
     )
+    if config.normalize_observations:
+        checks.amounts(env, "normalize_observations")
     with_memory = bool(jax.tree.leaves(network.init_memory(())))
     if with_memory:
         checks.sequences(config, shards)

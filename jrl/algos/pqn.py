@@ -86,7 +86,7 @@ class HParams:
     epsilon_end: float = 0.05
     """Chance of a random action after epsilon_env_steps."""
     epsilon_env_steps: float = 100_000.0
-    """Environment steps over which ε goes linearly to its end."""
+    """Environment steps over which ε goes linearly to its end; 0 keeps it constant at its start."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this global norm."""
     env: PyTree = None

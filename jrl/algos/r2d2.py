@@ -129,7 +129,7 @@ class HParams:
     epsilon_end: float = 0.05
     """Chance of a random action after epsilon_env_steps."""
     epsilon_env_steps: float = 100_000.0
-    """Environment steps over which ε goes linearly to its end."""
+    """Environment steps over which ε goes linearly to its end; 0 keeps it constant at its start."""
     target_period: float = 2_500.0
     """Environment steps between two copies to the target network."""
     rescale_eps: float = 1e-3

@@ -23,7 +23,19 @@ from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
-from jrl.types import Algorithm, Array, Box, Discrete, Environment, Key, Memory, Metrics, Policy, PyTree
+from jrl.types import (
+    Algorithm,
+    Array,
+    Box,
+    Discrete,
+    Environment,
+    Key,
+    MaskedObservation,
+    Memory,
+    Metrics,
+    Policy,
+    PyTree,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +95,7 @@ class HParams:
     target_entropy: float = -1.0
     """Entropy aimed at with a Box: nats for each dimension, were the Box scaled to [-1, 1]."""
     target_entropy_ratio: float = 0.5
-    """Entropy aimed at with Discrete actions, as a share of the largest, log A."""
+    """Entropy aimed at with Discrete actions, as a share of the largest, log A (of those allowed, where masked)."""
     max_grad_norm: float = 1e4
     """Gradients are clipped to this global norm; the default clips nothing."""
     env: PyTree = None
@@ -194,9 +206,12 @@ def make(
             jax.lax.stop_gradient(learned) if config.learn_temperature else jnp.float32(hparams.temperature)
         )
 
-    def target_entropy(hparams: HParams) -> Array:
+    def target_entropy(obs: PyTree, hparams: HParams) -> Array:
         if isinstance(env.action, Discrete):
-            return hparams.target_entropy_ratio * np.log(env.action.n)
+            largest = np.log(env.action.n)
+            if isinstance(obs, MaskedObservation):
+                largest = jnp.log(obs.action_mask.sum(-1)).mean()
+            return hparams.target_entropy_ratio * largest
         assert box is not None
         return hparams.target_entropy * box.low.size + np.log((box.high - box.low) / 2.0).sum()
 
@@ -221,8 +236,10 @@ def make(
             fixed_critic, distribution(params["actor"], sample.obs), sample.obs, alpha, key
         )
         actor_loss = -value.mean()
-        surplus = jax.lax.stop_gradient(entropy.mean() - target_entropy(hparams))
-        total = critic_loss + actor_loss + params["log_temperature"] * surplus * config.learn_temperature
+        total = critic_loss + actor_loss
+        if config.learn_temperature:
+            surplus = jax.lax.stop_gradient(entropy.mean() - target_entropy(sample.obs, hparams))
+            total += params["log_temperature"] * surplus
         return total, {
             "loss": total,
             "critic_loss": critic_loss,

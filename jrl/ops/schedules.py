@@ -34,7 +34,9 @@ def elapsed_fraction(count: Number, *, duration: Number, begin: Number = 0) -> A
     Raises:
         Nothing.
     """
-    elapsed = jnp.asarray(count - begin, jnp.float32)
+    count, begin = jnp.asarray(count), jnp.asarray(begin)
+    # Before the beginning an unsigned difference would be enormous.
+    elapsed = jnp.where(count > begin, count - begin, 0).astype(jnp.float32)
     duration = jnp.asarray(duration, jnp.float32)
     running = duration > 0.0
     part = jnp.clip(elapsed / jnp.where(running, duration, 1.0), 0.0, 1.0)

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 import jrl
-from jrl import dqn, ppo
+from jrl import a2c, dqn, ppo
 from jrl.envs import vectorize
 
 ENV = cases.environment("CartPole-v1")
@@ -106,6 +106,18 @@ def test_sizes_that_do_not_fit_each_other():
         dqn.Config(capacity=100)
     with pytest.raises(ValueError, match="warmup_env_steps=10000 exceeds capacity=5000"):
         dqn.Config(capacity=5000)
+
+
+def test_tokens_are_not_normalised():
+    with pytest.raises(
+        ValueError, match="normalize_observations=True on RandomWalks-jrl: its observations are tokens"
+    ):
+        ppo.make(jrl.make("RandomWalks-jrl"), ppo.Config(normalize_observations=True))
+
+
+def test_one_transition_is_not_standardised():
+    with pytest.raises(ValueError, match="num_envs=1 with unroll_length=1 leaves one transition an update"):
+        a2c.Config(num_envs=1, unroll_length=1, standardize_advantages=True)
 
 
 def test_a_masked_environment_and_a_network_of_the_wrong_width():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import a2c, dqn, networks, ops, ppo, pqn, r2d2, rainbow, reinforce, sac, td3
-from jrl.envs import probes, transform_action
+from jrl import a2c, dqn, networks, ops, ppo, pqn, r2d2, rainbow, reinforce, replay, sac, td3
+from jrl.envs import action_mask, from_functions, probes, transform_action
 
 GAMMA = 0.9
 DISCRETE = [
@@ -187,6 +187,65 @@ def test_the_temperature_holds_the_entropy_at_its_target():
     )
     _, metrics = jax.jit(algo.step)(state, sac.HParams(target_entropy=0.3, learning_rate=0.0))
     assert abs(metrics["entropy"] - (0.3 + np.log(2.0))) < 0.15
+
+
+def test_the_temperature_asks_for_no_more_entropy_than_masks_leave():
+    """Both actions are allowed in one state of four; in the others the entropy is 0 whatever the temperature."""
+
+    def observe(state):
+        return (jnp.arange(4) == state % 4).astype(jnp.float32)
+
+    env = action_mask(
+        from_functions(
+            lambda key, params: (jnp.int32(0), observe(jnp.int32(0))),
+            lambda key, state, action, params: (
+                state + 1,
+                observe(state + 1),
+                action.astype(jnp.float32),
+                False,
+                state + 1 >= 8,
+            ),
+            (),
+            jrl.Discrete(2),
+            "one choice in four",
+        ),
+        lambda obs, params: jnp.stack([jnp.bool_(True), obs[0] > 0.0]),
+    )
+    algo, state, _ = replay_on(sac, env, hparams={"target_entropy_ratio": 0.6, "temperature": 0.1})
+    # 0.6 log 2 is the entropy of choosing the better action with probability 0.854, and α = 1 / log(0.854 / 0.146).
+    np.testing.assert_allclose(np.exp(state.params["log_temperature"]), 0.566, atol=0.05)
+    _, metrics = jax.jit(algo.step)(state, sac.HParams(learning_rate=0.0))
+    np.testing.assert_allclose(metrics["entropy"], 0.6 * np.log(2.0) / 4.0, atol=0.02)
+
+
+def test_no_entropy_bonus_at_all_is_finite():
+    algo = sac.make(
+        probes.CONSTANT.env, sac.Config(learn_temperature=False, hidden_sizes=(4,), warmup_env_steps=64)
+    )
+    state = jax.jit(algo.init)(jax.random.key(0), sac.HParams(temperature=0.0))
+    _, metrics = jax.jit(algo.step)(state, sac.HParams(temperature=0.0))
+    assert all(np.isfinite(value) for value in metrics.values())
+    np.testing.assert_allclose(metrics["loss"], metrics["critic_loss"] + metrics["actor_loss"], rtol=1e-5)
+
+
+def test_a_transition_whose_successor_is_lost_has_no_priority():
+    """Cut every 5 steps with 16 sharing a slot: no batch may fill with those that teach nothing."""
+
+    def reset(key, params):
+        sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+        return (sign, 0), sign[None]
+
+    def transition(key, state, action, params):
+        sign, time = state
+        return (sign, time + 1), sign[None], sign, False, time + 1 >= 5
+
+    env = from_functions(reset, transition, (), jrl.Discrete(2), "cut every 5 steps")
+    _, state = train_dqn(env, {"epsilon_env_steps": 0.0}, prioritized=True, truncation_gap=16)
+    key = jax.random.key(1)
+    weight = replay.prioritized.sample(key, state.replay, 4096, 16, 1, beta=0.4).weight
+    uniform = replay.uniform.sample(key, state.replay.ring, 4096, 16, 1).weight
+    assert (uniform == 0.0).mean() > 0.05
+    assert (weight == 0.0).mean() < (uniform == 0.0).mean()
 
 
 def ppo_with_memory(probe, memory, **numbers):

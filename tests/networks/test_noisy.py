@@ -73,6 +73,8 @@ def test_environments_share_a_draw_of_the_noise_or_have_their_own():
         assert np.allclose(q.reshape(num, 4 // num, -1), q.reshape(num, 4 // num, -1)[:, :1])
         alone = np.asarray(policy(jax.random.key(1), same[:1])[2]["q"])
         assert alone.shape == (1, 2)  # as many rows as one likes
+        assert policy(jax.random.key(1), same[0])[2]["q"].shape == (2,)
+        assert policy(jax.random.key(1), same[None])[2]["q"].shape == (1, 4, 2)
     with pytest.raises(ValueError, match=r"noise_draws=3 cannot be shared evenly by num_envs=4.*a divisor"):
         dqn.Config(num_envs=4, noise_draws=3)
 

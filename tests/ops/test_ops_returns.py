@@ -355,21 +355,33 @@ def test_vmapped_equals_looped_and_numbers_may_be_swept():
         close(swept[:, i], alone)
 
 
-@pytest.mark.parametrize("name", ["gae", "n_step", "vtrace", "retrace"])
+@pytest.mark.parametrize("name", ["gae", "n_step", "vtrace", "retrace", "lambda", "discounted"])
 def test_gradients_are_finite_and_ignore_what_lies_behind_a_termination(name):
     data = window(13, ())
     r, v, nv, term, trunc, log_rho = arguments(data, "reward", "value", "next_value", *FLAGS, "log_rho")
+    term = term.at[-1].set(True)
     nv = jnp.where(term, jnp.inf, nv)  # whatever a network says of a terminal state
     calls = {
         "gae": lambda v, nv: ops.gae(r, v, nv, term, trunc, gamma=GAMMA, gae_lambda=LAMBDA)[0],
         "n_step": lambda v, nv: ops.n_step_returns(r, nv, term, trunc, gamma=GAMMA, n=3) + v,
         "vtrace": lambda v, nv: sum(ops.vtrace(r, v, nv, term, trunc, log_rho, gamma=GAMMA)),
         "retrace": lambda v, nv: ops.retrace(r, v, nv, term, trunc, log_rho, gamma=GAMMA),
+        "lambda": lambda v, nv: ops.lambda_returns(r, nv, term, trunc, gamma=GAMMA, lambda_=LAMBDA) + v,
+        "discounted": lambda v, nv: ops.discounted_returns(r, nv, term, trunc, gamma=GAMMA) + v,
     }
     total, grads = jax.jit(jax.value_and_grad(lambda *x: calls[name](*x).sum(), (0, 1)))(v, nv)
     assert np.isfinite(total)
     assert all(np.isfinite(g).all() for g in grads)
     np.testing.assert_array_equal(grads[1][term], 0.0)
+
+
+def test_monte_carlo_reads_estimates_where_experience_stops_and_nowhere_else():
+    data = window(15, ())
+    r, nv, term, trunc = arguments(data, "reward", "next_value", *FLAGS)
+    read = (term | trunc).at[-1].set(True)
+    expected = ops.discounted_returns(r, nv, term, trunc, gamma=GAMMA)
+    found = ops.discounted_returns(r, jnp.where(read, nv, jnp.nan), term, trunc, gamma=GAMMA)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_half_precision_stays_and_a_float32_gamma_is_accepted():

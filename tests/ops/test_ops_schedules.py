@@ -71,6 +71,12 @@ def test_large_counts_end_exactly():
     assert ops.linear_schedule(jnp.float32(2**40), start=START, end=END, duration=1e6) == END
 
 
+def test_an_unsigned_count_does_not_wrap_below_the_beginning():
+    for count in (jnp.uint32(5), np.uint64(5), 5, 5.0):
+        fraction = ops.linear_schedule(count, start=1.0, end=0.0, duration=100, begin=10)
+        assert fraction == 1.0
+
+
 def test_linear_is_exact_at_both_ends():
     np.testing.assert_array_equal(ops.linear(START, END, jnp.array([0.0, 1.0])), [START, END])
 
