@@ -47,13 +47,24 @@ def from_functions(
         name: for messages and records.
 
     Raises:
-        ValueError: what ``reset`` and ``transition`` return differs in structure or shapes.
+        ValueError: what ``reset`` and ``transition`` return differs in structure or shapes, ``transition`` returns no
+            five values, or what :func:`strict` refuses.
     """
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         step_key, reset_key = jax.random.split(key)
-        stepped, next_obs, reward, terminated, truncated = transition(step_key, env_state, action, params)
-        ended = jnp.logical_or(terminated, truncated)
+        happened = transition(step_key, env_state, action, params)
+        if not isinstance(happened, tuple) or len(happened) != 5:
+            what = f"a tuple of {len(happened)}" if isinstance(happened, tuple) else type(happened).__name__
+            raise ValueError(
+                f"{name}: transition returns {what}: expected (env_state, obs, reward, terminated, truncated)."
+            )
+        stepped, next_obs, reward, *flags = happened
+        terminated, truncated = (
+            _scalar(flag, jnp.bool_, field, name)
+            for flag, field in zip(flags, ("terminated", "truncated"), strict=True)
+        )
+        ended = terminated | truncated
         fresh, first_obs = reset(reset_key, params)
         env_state, obs = select(ended, (fresh, first_obs), (stepped, next_obs), name)
         return env_state, TimeStep(obs, reward, terminated, truncated, next_obs)
@@ -71,7 +82,8 @@ def strict(env: Environment) -> Environment:
 
     Raises:
         ValueError: ``reset`` and ``step`` differ in the structure or the shapes of what they return; the
-            reward or a flag is not a scalar; or, when stepped, the action has another shape than the space.
+            reward or a flag is not one number, or a flag a fraction; or, when stepped, the action has another shape
+            than the space.
     """
     dtypes = jax.tree.map(lambda p: jnp.asarray(p).dtype, env.params)
     spec = _fixed_point(env)
@@ -188,7 +200,13 @@ def _is_key(dtype: Any) -> bool:
 
 
 def _scalar(x: Any, dtype: Any, field: str, name: str) -> Array:
-    x = jnp.asarray(x, dtype)
+    if x is None:
+        raise ValueError(f"{name}: {field} is None, expected a number for each environment.")
+    x = jnp.asarray(x)
     if x.size != 1:
         raise ValueError(f"{name}: {field} has shape {x.shape}, expected a scalar for each environment.")
-    return x.reshape(())
+    if dtype == jnp.bool_ and jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ValueError(
+            f"{name}: {field} is {x.dtype}, in which 0.1 would be True: expected a bool; compare first."
+        )
+    return jnp.asarray(x, dtype).reshape(())

@@ -35,7 +35,7 @@ class GridParams(NamedTuple):
 
     Attributes:
         cells: int32 ``[S]``, what each cell is: 0 free, 1 goal, 2 trap, 3 wall.
-        start: int32, the cell where episodes start; -1 draws a free cell.
+        start: int32, the cell where episodes start; -1 draws a free cell, in a grid that was made with -1.
         goal_reward: float32, for entering a goal.
         trap_reward: float32, for entering a trap.
         step_reward: float32, for every other step.
@@ -76,7 +76,7 @@ def make(
         walls: cells that cannot be entered.
         start: where episodes start; -1 draws a free cell.
         slip: chance to move at a right angle instead.
-        params: :class:`GridParams`, or a mapping of fields to change.
+        params: :class:`GridParams`, or a mapping of fields to change, which goes before ``start`` and ``slip``.
         raw: observe the cell as an int32 index, instead of one-hot float32 ``[S]``.
 
     Raises:
@@ -97,10 +97,13 @@ def make(
             cells[cell] = kind
     if not (cells == FREE).any():
         raise ValueError(f"{name}: rows={rows}, columns={columns} leaves no free cell.")
+    params = replace_params(GridParams(cells, start, slip=slip), params, name)
+    start, slip, cells = int(params.start), float(params.slip), np.asarray(params.cells)
     if start != -1 and not (0 <= start < num_states and cells[start] == FREE):
         raise ValueError(f"{name}: start={start} is not a free cell; give one, or -1 to draw it.")
     if not 0.0 <= slip <= 1.0:
         raise ValueError(f"{name}: slip={slip}: must be in [0, 1].")
+    # A start that is given needs no draw, which would be most of what a reset costs.
     random_start = start == -1
 
     def outcomes(state: Array, action: Array, params: GridParams) -> Outcomes:
@@ -129,9 +132,9 @@ def make(
         if not random_start:
             return Start(jnp.ones(1), jnp.asarray(params.start)[None])
         free = (params.cells == FREE).astype(jnp.float32)
-        return Start(free / free.sum(), jnp.arange(num_states))
+        given = (jnp.arange(num_states) == params.start).astype(jnp.float32)
+        return Start(jnp.where(params.start < 0, free / free.sum(), given), jnp.arange(num_states))
 
-    params = replace_params(GridParams(cells, start, slip=slip), params, name)
     return from_outcomes(outcomes, first, num_states, params, Discrete(4), name, raw=raw)
 
 

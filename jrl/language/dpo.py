@@ -21,7 +21,7 @@ from jrl import ops, rollout
 from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.language import imitation, models, preferences
-from jrl.language.environments import token_step
+from jrl.language.environments import allowed_tokens, token_step
 from jrl.language.policy_gradient import finished_texts
 from jrl.language.preferences import Pairs
 from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
@@ -104,13 +104,14 @@ def make(
 
     Raises:
         TypeError: ``env`` or ``config`` is not what it should be.
-        ValueError: a preference outside [0, 1], or an empty text.
+        ValueError: a preference outside [0, 1], an empty text, or one that the environment's grammar does not allow.
     """
     config = checks.config(config, Config)
     spec = token_step(env, "dpo")
     model = models.of_config(env, config) if model is None else model
     if pairs is not None:
         preferences.check(pairs)
+        _check_grammar(env, pairs)
     act = models.actor(model, cache=False)
 
     def draw(key: Key, params: Params, env_params: PyTree) -> Pairs:
@@ -146,8 +147,9 @@ def make(
     def log_ratio(params: Params, reference: Params, tokens: Array, prompt_length: Array) -> Array:
         """Return ``log π(y) − log π_ref(y)`` of whole texts, ``[N]``."""
         texts = imitation.Texts(tokens, prompt_length)
-        ours, said = imitation.log_likelihood(model, params, texts)
-        theirs, _ = imitation.log_likelihood(model, reference, texts)
+        allowed = allowed_tokens(spec, tokens, prompt_length)
+        ours, said = imitation.log_likelihood(model, params, texts, allowed)
+        theirs, _ = imitation.log_likelihood(model, reference, texts, allowed)
         return jnp.where(said, ours - theirs, 0.0).sum(-1)
 
     def loss(params: Params, reference: Params, batch: Pairs, hparams: HParams) -> tuple[Array, Metrics]:
@@ -197,3 +199,24 @@ def make(
         return Policy(play_greedily if greedy else play_sampled, state.params)
 
     return Algorithm(init, step, policy, tokens_a_step, env)
+
+
+def _check_grammar(env: Environment, pairs: Pairs) -> None:
+    """Raise ValueError for a text that the grammar does not allow: its probability is 0 whatever the policy."""
+    spec = token_step(env, "dpo")
+    for name in ("first", "second"):
+        tokens, prompt_length = (
+            jnp.asarray(x, jnp.int32) for x in (getattr(pairs, name), pairs.prompt_length)
+        )
+        allowed = allowed_tokens(spec, tokens, prompt_length)
+        if allowed is None:
+            return
+        action, said = imitation.actions(imitation.Texts(tokens, prompt_length), spec.max_new_tokens)
+        wrong = said & ~jnp.take_along_axis(allowed, action[..., None], axis=-1)[..., 0]
+        if wrong.any():
+            row = int(jnp.argmax(wrong.any(axis=1)))
+            token = int(action[row, jnp.argmax(wrong[row])])
+            raise ValueError(
+                f"dpo: token {token} in text {row} of {name} is not allowed there by the grammar of {env.name}; leave "
+                "the pair out."
+            )

@@ -145,6 +145,7 @@ class TokenStep:
         rating: of whole texts, which ``function`` and ``advance`` add at their ends; None where there is none.
         unrated: the step without it, for kernels that rate whole texts themselves.
         decoder: what ``model="pretrained"`` starts from, or None.
+        grammar: of what is generated, or None.
     """
 
     function: Callable[..., Any]
@@ -158,6 +159,7 @@ class TokenStep:
     rating: Rating | None
     unrated: Callable[..., Any]
     decoder: Decoder | None
+    grammar: grammars.Automaton | None
 
     def __call__(self, *args: Any) -> Any:
         """Step one environment."""
@@ -200,7 +202,7 @@ def token_mdp(
 
     Raises:
         ValueError: no prompt, an empty one, a token outside the vocabulary, a size below 1, or a grammar over another
-            vocabulary.
+            vocabulary or whose shortest text does not fit.
     """
     _check_sizes(name, vocab_size, max_new_tokens, eos, at_limit)
     tokens, lengths = _check_prompts(name, prompts, vocab_size)
@@ -208,6 +210,11 @@ def token_mdp(
         raise ValueError(
             f"{name}: a grammar over {grammar.transitions.shape[1]} tokens with vocab_size={vocab_size} and eos={eos}: "
             "it needs the same vocabulary, and a token that ends a text."
+        )
+    if grammar is not None and (shortest := int(grammar.distance[0]) + 1) > max_new_tokens:
+        raise ValueError(
+            f"{name}: the shortest text of the grammar has {shortest} tokens, its end included, and "
+            f"max_new_tokens={max_new_tokens}: no token could be said; raise max_new_tokens to {shortest} at least."
         )
     count, longest = tokens.shape
     table = jnp.asarray(
@@ -273,7 +280,18 @@ def token_mdp(
     unrated = env.step if rating is None else environment(None).step
     given = Prompts(tokens, lengths, prompts.reference)
     known = TokenStep(
-        env.step, vocab_size, eos, longest, max_new_tokens, given, start, advance, rating, unrated, decoder
+        env.step,
+        vocab_size,
+        eos,
+        longest,
+        max_new_tokens,
+        given,
+        start,
+        advance,
+        rating,
+        unrated,
+        decoder,
+        grammar,
     )
     observation: PyTree = TokenObservation(table.shape[1], vocab_size)
     if grammar is not None:
@@ -294,6 +312,33 @@ def token_step(env: Environment, algorithm: str) -> TokenStep:
             "jrl.dqn."
         )
     return env.step
+
+
+def allowed_tokens(step: TokenStep, tokens: Array, prompt_length: Array) -> Array | None:
+    """Return which tokens the grammar allowed at each place of texts, None where there is no grammar.
+
+    Args:
+        step: of the environment.
+        tokens: int32 ``[N, L]``, −1 behind the end.
+        prompt_length: int32 ``[N]``.
+
+    Returns:
+        bool ``[N, T, V]``; nothing is allowed behind the end.
+    """
+    if (grammar := step.grammar) is None:
+        return None
+    place = prompt_length[:, None] + jnp.arange(step.max_new_tokens)
+    inside = place < tokens.shape[1]
+    said = jnp.where(inside, jnp.take_along_axis(tokens, jnp.where(inside, place, 0), axis=1), -1)
+
+    def advance(state: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+        token, remaining = x
+        mask = grammars.allowed(grammar, state, step.eos, remaining)  # type: ignore[arg-type]
+        return grammars.step(grammar, state, token), mask
+
+    start = jnp.zeros(len(tokens), jnp.int32)
+    _, masks = jax.lax.scan(advance, start, (said.T, jnp.arange(step.max_new_tokens, 0, -1)))
+    return jnp.moveaxis(masks, 0, 1)
 
 
 def _check_sizes(name: str, vocab_size: int, max_new_tokens: int, eos: int | None, at_limit: str) -> None:

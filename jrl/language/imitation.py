@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jrl import ops
 from jrl.language.models import Model
 from jrl.optim import adam
 from jrl.types import Array, Key, Params
@@ -22,9 +23,20 @@ class Texts(NamedTuple):
     prompt_length: Array
 
 
-def log_likelihood(model: Model, params: Params, texts: Texts) -> tuple[Array, Array]:
-    """Return ``log π(a_t | s_t)`` of each generated token, float32 ``[M, T]``, and which there are, bool ``[M, T]``."""
+def log_likelihood(
+    model: Model, params: Params, texts: Texts, allowed: Array | None = None
+) -> tuple[Array, Array]:
+    """Return ``log π(a_t | s_t)`` of each generated token, float32 ``[M, T]``, and which there are, bool ``[M, T]``.
+
+    Args:
+        model: of the next token.
+        params: its parameters.
+        texts: what was said.
+        allowed: bool ``[M, T, V]``, the tokens that the policy chooses among; None: all.
+    """
     logits = model.text(params, texts.tokens, texts.prompt_length).logits[:, :-1]
+    if allowed is not None:
+        logits = ops.masked(logits, allowed)
     action, said = actions(texts, logits.shape[1])
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), action[..., None], axis=-1)[..., 0]
     return jnp.where(said, chosen, 0.0), said

@@ -27,7 +27,7 @@ def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> Prioritize
 
 def add(state: PrioritizedState, transitions: Transition) -> PrioritizedState:
     """Write a block ``[T, B, ...]`` with the largest priority seen, so that each item is likely drawn once."""
-    length, num_envs = transitions.reward.shape
+    length, num_envs = uniform.block_shape(state.ring.layout, transitions)
     # The row under way, behind the block, can not be drawn.
     priority = jnp.append(
         jnp.full((length * num_envs,), state.max_priority), jnp.zeros((num_envs,), jnp.float32)
@@ -42,7 +42,11 @@ def sample(
     """Draw windows whose starts have ``P(i) = p_i^α / Σ p^α``, with importance weights.
 
     ``w_i = (M P(i))^-β / max_j w_j`` over the batch, ``M`` the items held.
+
+    Raises:
+        ValueError: the replay was made for another number of environments.
     """
+    uniform.check_num_envs(state.ring.layout, num_envs)
     index, priority = sum_tree.sample(key, state.tree, batch_size)
     held = (state.ring.filled * num_envs).astype(jnp.float32)
     probability = priority / sum_tree.total(state.tree)

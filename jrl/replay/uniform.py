@@ -124,18 +124,14 @@ def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> UniformSta
 def add(state: UniformState, transitions: Transition) -> UniformState:
     """Write a block of transitions ``[T, B, ...]`` over the oldest ones.
 
-    Blocks follow each other: each begins where the one before it led to, or with a new episode. ``T`` must divide
-    the rows, and every add the same ``T`` (or a multiple): then no block wraps.
+    Blocks follow each other: each begins where the one before it led to, or with a new episode. Every add has the
+    same ``T``, which divides the rows: then no block wraps.
 
     Raises:
-        ValueError: the block is larger than the ring.
+        ValueError: it is no block, of other environments than the ring's, or its ``T`` does not divide the rows.
     """
     layout = state.layout
-    length, num_envs = transitions.reward.shape
-    if length > layout.rows:
-        raise ValueError(
-            f"a block of {length} rows does not fit a replay of {layout.rows}: raise the capacity."
-        )
+    length, num_envs = block_shape(layout, transitions)
     items = jax.tree.map(lambda leaf: leaf.reshape(length * num_envs, *leaf.shape[2:]), transitions)
     obs, next_obs = layout.obs.pack(items.obs), layout.obs.pack(items.next_obs)
     step = layout.step.pack(items._replace(obs=(), next_obs=()))
@@ -158,6 +154,30 @@ def add(state: UniformState, transitions: Transition) -> UniformState:
     )
 
 
+def block_shape(layout: Layout, transitions: Transition) -> tuple[int, int]:
+    """Return ``T`` and ``B`` of a block; raises ValueError where it does not fit the ring."""
+    shape = transitions.reward.shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"a block whose rewards have shape {shape}: expected [T, B]; give one step of {layout.num_envs} "
+            "environments a leading axis of 1."
+        )
+    length, num_envs = shape
+    check_num_envs(layout, num_envs)
+    if layout.rows % length:
+        raise ValueError(
+            f"a block of {length} rows in a replay of {layout.rows}: blocks must divide the rows, or one would wrap; "
+            f"jrl.replay.num_rows(capacity, {num_envs}, {length}) gives rows that fit."
+        )
+    return length, num_envs
+
+
+def check_num_envs(layout: Layout, num_envs: int) -> None:
+    """Raise ValueError unless the replay was made for so many environments."""
+    if num_envs != layout.num_envs:
+        raise ValueError(f"num_envs={num_envs} in a replay that was made for {layout.num_envs} environments.")
+
+
 def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int = 1) -> Sample:
     """Draw ``batch_size`` windows, with replacement, their starts uniform over all items held.
 
@@ -169,7 +189,11 @@ def sample(key: Key, state: UniformState, batch_size: int, num_envs: int, n: int
         batch_size: ``N``, static.
         num_envs: ``B``, static.
         n: steps of a window at most, static.
+
+    Raises:
+        ValueError: the replay was made for another number of environments.
     """
+    check_num_envs(state.layout, num_envs)
     held = (state.filled * num_envs).astype(jnp.uint32)
     age = (jax.random.bits(key, (batch_size,), jnp.uint32) % held).astype(jnp.int32)
     oldest = (state.row - state.filled) % state.layout.rows * num_envs

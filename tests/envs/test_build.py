@@ -162,3 +162,35 @@ def test_refusals():
         env.step(jax.random.key(0), env.reset(jax.random.key(0), params)[0], 0, params)
     with pytest.raises(ValueError, match=r"vectorize\(num_envs=0\)"):
         vectorize(walk(), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda out: out[:4],
+            r"Odd: transition returns a tuple of 4: expected \(env_state, obs, reward, term",
+        ),
+        (lambda out: list(out), r"Odd: transition returns list: expected"),
+        (
+            lambda out: (*out[:3], out[3][None].repeat(2), out[4]),
+            r"Odd: terminated has shape \(2,\), expected a scalar",
+        ),
+        (lambda out: (*out[:4], 0.1), r"Odd: truncated is float32, in which 0.1 would be True"),
+        (lambda out: (*out[:2], None, *out[3:]), r"Odd: reward is None, expected a number"),
+    ],
+    ids=["four", "list", "two flags", "fraction", "none"],
+)
+def test_what_a_transition_must_return(change, message):
+    def reset(key, params):
+        return jnp.float32(0.0), jnp.zeros(1)
+
+    def transition(key, state, action, params):
+        return change((state, jnp.zeros(1), 1.0, jnp.bool_(True), False))
+
+    def made_and_stepped():
+        env = from_functions(reset, transition, (), Discrete(2), "Odd")
+        jax.eval_shape(env.step, jax.random.key(0), jnp.float32(0.0), 0, ())
+
+    with pytest.raises(ValueError, match=message):
+        made_and_stepped()

@@ -133,6 +133,18 @@ def test_the_traffic_light_of_the_articles():
     np.testing.assert_allclose(mdp.policy_iteration(spoken).q, [[4.5, 4.5], [4.5, 5.5]], rtol=1e-5)
 
 
+def test_a_start_may_be_a_parameter():
+    sizes = {"rows": 2, "columns": 2, "goals": (3,), "traps": ()}
+    drawn = jrl.make("GridWorld-jrl", **sizes, params={"start": -1})
+    np.testing.assert_allclose(to_mdp(drawn, 0.9).start, [1 / 3, 1 / 3, 1 / 3, 0])
+    given = drawn.params._replace(start=2)
+    np.testing.assert_array_equal(to_mdp(drawn._replace(params=given), 0.9).start, [0, 0, 1, 0])
+    obs = jax.vmap(drawn.reset, (0, None))(jax.random.split(jax.random.key(0), 16), given)[1]
+    np.testing.assert_array_equal(obs, np.tile(np.eye(4)[2], (16, 1)))
+    fixed = jrl.make("GridWorld-jrl", **sizes, start=-1, params={"start": 1})
+    np.testing.assert_array_equal(to_mdp(fixed, 0.9).start, [0, 1, 0, 0])
+
+
 def test_walls_slips_and_random_starts():
     env = jrl.make("GridWorld-jrl", rows=2, columns=2, goals=(3,), traps=(), walls=(1,), start=-1, slip=0.2)
     model = to_mdp(env, 0.9)
@@ -274,8 +286,11 @@ def test_what_is_wrong_is_named():
         jrl.make("GridWorld-jrl", goals=(16,))
     with pytest.raises(ValueError, match=r"cell 14 of walls is in another list too"):
         jrl.make("GridWorld-jrl", walls=(14,))
-    with pytest.raises(ValueError, match=r"start=15 is not a free cell; give one, or -1"):
-        jrl.make("GridWorld-jrl", start=15)
+    for wrong in ({"start": 15}, {"params": {"start": 15}}):
+        with pytest.raises(ValueError, match=r"start=15 is not a free cell; give one, or -1"):
+            jrl.make("GridWorld-jrl", **wrong)
+    with pytest.raises(ValueError, match=r"slip=2.0: must be in \[0, 1\]"):
+        jrl.make("GridWorld-jrl", params={"slip": 2.0})
     with pytest.raises(ValueError, match=r"slip=1.5: must be in \[0, 1\]"):
         jrl.make("GridWorld-jrl", slip=1.5)
     with pytest.raises(ValueError, match=r"rows=0, columns=4 leaves no free cell"):

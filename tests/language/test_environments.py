@@ -197,6 +197,11 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match=r"reference is \(3,\) for 1 prompts"):
         token_mdp(Prompts([[0, 1]], [2], np.zeros(3)), reward, vocab_size=4, max_new_tokens=2)
     compiled = grammar.compile("a", ["a", "b"])
+    long = grammar.compile("aaa", ["a", "b", "c", "<eos>"])
+    with pytest.raises(
+        ValueError, match="shortest text of the grammar has 4 tokens, its end included, and max_new_to"
+    ):
+        token_mdp(prompts, reward, vocab_size=4, max_new_tokens=3, eos=3, grammar=long)
     with pytest.raises(ValueError, match="a grammar over 2 tokens with vocab_size=4"):
         token_mdp(prompts, reward, vocab_size=4, max_new_tokens=2, eos=3, grammar=compiled)
     with pytest.raises(ValueError, match="digits=7: must be 1, 2 or 3"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl.language import dpo, exact, models, preferences, tasks, token_q
+from jrl.language import dpo, environments, exact, grammar, imitation, models, preferences, tasks, token_q
 from jrl.language import policy_gradient as pg
 from jrl.language.environments import Prompts, TokenReward, token_mdp
 
@@ -91,14 +91,45 @@ def test_logged_texts_are_rated_and_checked():
     assert (data.terminated.any(1)).all()
     with pytest.raises(ValueError, match="text 0 does not begin with prompt"):
         token_q.replayed(env, walks, walks[:, 0] % 20)
-    with pytest.raises(ValueError, match="token 21 is outside the vocabulary of 21 tokens"):
+    with pytest.raises(ValueError, match="token 21 of text 8 is outside the vocabulary of 21 tokens"):
         token_q.replayed(env, np.where(walks == 4, 21, walks), walks[:, 0] - 1)
     with pytest.raises(ValueError, match=r"tokens \(50, 9\).*expected \[N, 10\]"):
         token_q.replayed(env, walks[:, :9], walks[:, 0] - 1)
+    with pytest.raises(ValueError, match="prompt 20 of text 0: RandomWalks-jrl has prompts 0 to 1"):
+        token_q.replayed(env, walks, np.full(50, 20))
     with pytest.raises(ValueError, match="variant='sarsa': must be one of dqn, ilql"):
         token_q.Config(variant="sarsa")
     with pytest.raises(ValueError, match="num_envs=64 exceeds capacity=32"):
         token_q.Config(capacity=32, warmup_texts=8)
+
+
+LOGGED = {
+    "a gap": ([0, -1, 1, -1], 0, "text 1 has a -1 between its tokens"),
+    "nothing said": ([0, -1, -1, -1], 0, "text 1 has 0 tokens behind its prompt: .* takes 1 to 2"),
+    "too long": ([0, 1, 1, 1], 0, "text 1 has 3 tokens behind its prompt: .* takes 1 to 2"),
+    "below": ([0, -7, -1, -1], 0, "token -7 of text 1 is outside the vocabulary"),
+    "behind the end": ([0, 3, 1, -1], 0, "token 3 at place 1 of text 1 ends its text, and others follow"),
+    "ungrammatical": ([0, 2, 3, -1], 0, "token 2 at place 1 of text 1 is not allowed there by the grammar"),
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_texts_that_cannot_have_been_said_are_refused(name):
+    """Each would be learned from as something else: clamped, cut, or valued behind a mask that allows nothing."""
+    tokens, prompt, message = LOGGED[name]
+    rules = grammar.compile("b?", ["a", "b", "c", "<eos>"])
+    env = token_mdp(
+        Prompts([[0, -1], [1, 1]], [1, 2]),
+        environments.at_end(lambda text: jnp.float32(1.0)),
+        vocab_size=4,
+        max_new_tokens=2,
+        eos=3,
+        grammar=rules,
+    )
+    right = [0, 1, 3, -1]
+    with pytest.raises(ValueError, match=f"replayed: {message}"):
+        token_q.replayed(env, np.array([right, tokens]), np.array([0, prompt]))
+    assert token_q.replayed(env, np.array([right, [1, 1, 3, -1]]), np.array([0, 1])).terminated.sum() == 2
 
 
 # -------------------------------------------------------------------------------------------------- preferences
@@ -128,6 +159,39 @@ def test_dpo_on_every_pair_finds_the_penalised_optimum(small):
     assert exact.divergence(tree, uniform, best) > 0.3
     assert exact.divergence(tree, ours, best) <= 0.01
     assert metrics["accuracy"][-1] > 0.95
+
+
+def test_dpo_in_a_grammar_weighs_what_the_policy_can_say():
+    """Four texts, of which the grammar leaves some places no choice: there the logits are worth nothing."""
+    texts = np.array([[0, 0, 0, 3], [0, 0, 1, 3], [0, 0, 2, 3], [0, 1, 1, 3]], np.int32)
+    returns = np.array([0.0, 1.0, 2.0, 1.5])
+    env = token_mdp(
+        Prompts([[0]], [1]),
+        environments.at_end(lambda text: jnp.float32(0.0)),
+        vocab_size=4,
+        max_new_tokens=3,
+        eos=3,
+        grammar=grammar.compile("a[abc]|bb", ["a", "b", "c", "<eos>"]),
+    )
+    first, second = np.triu_indices(4, 1)
+    preference = 1.0 / (1.0 + np.exp(returns[second] - returns[first]))
+    pairs = preferences.Pairs(texts[first], texts[second], np.ones(6, np.int32), preference)
+    model = models.table(env)
+    algo = dpo.make(env, dpo.Config(batch_size=64), model=model, pairs=pairs)
+    state, _ = train(algo, dpo.HParams(learning_rate=0.05, beta=1.0, max_grad_norm=1e9), 60)
+    allowed = environments.allowed_tokens(env.step, jnp.asarray(texts), jnp.ones(4, jnp.int32))
+    said = imitation.Texts(jnp.asarray(texts), jnp.ones(4, jnp.int32))
+    log_prob = imitation.log_likelihood(model, state.params, said, allowed)[0].sum(1)
+    start = np.array([1 / 6, 1 / 6, 1 / 6, 1 / 2])  # of the masked reference, whose logits are equal
+    best = start * np.exp(returns) / (start * np.exp(returns)).sum()
+    np.testing.assert_allclose(np.exp(log_prob), best, atol=0.02)
+    for tokens, message in (
+        ([0, 1, 0, 3], "token 0 in text 1 of first"),
+        ([0, 0, 3, -1], "token 3 in text 1 of first"),
+    ):
+        wrong = pairs._replace(first=np.where(np.arange(6)[:, None] == 1, tokens, pairs.first))
+        with pytest.raises(ValueError, match=f"{message} is not allowed there by the grammar"):
+            dpo.make(env, model=model, pairs=wrong)
 
 
 def test_dpo_loss_is_the_papers_on_the_first_step():

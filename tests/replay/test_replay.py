@@ -168,11 +168,25 @@ def test_capacity_is_rounded_up_to_whole_blocks():
     assert replay.num_rows(100, 4, 8) == 32
 
 
-def test_a_block_larger_than_the_ring_is_refused():
-    transitions = stream(6, 2)
-    state = replay.uniform.init(spec(transitions), 4, 2)
-    with pytest.raises(ValueError, match="a block of 6 rows does not fit a replay of 4"):
-        replay.uniform.add(state, transitions)
+@pytest.mark.parametrize("buffer", [replay.uniform, replay.prioritized], ids=["uniform", "prioritized"])
+def test_what_would_mix_up_the_ring_is_refused(buffer):
+    """Blocks that wrap, or of other environments: each would be read back as transitions that never were."""
+    state = buffer.init(spec(stream(4, 2)), 12, 2)
+    for length in (5, 24):
+        with pytest.raises(
+            ValueError, match=rf"a block of {length} rows in a replay of 12: .*num_rows\(capacity, 2"
+        ):
+            buffer.add(state, stream(length, 2))
+    with pytest.raises(ValueError, match="num_envs=3 in a replay that was made for 2 environments"):
+        buffer.add(state, stream(4, 3))
+    with pytest.raises(
+        ValueError, match=r"rewards have shape \(2,\): expected \[T, B\].* a leading axis of 1"
+    ):
+        buffer.add(state, jax.tree.map(lambda leaf: leaf[0], stream(4, 2)))
+    state = buffer.add(state, stream(4, 2))
+    numbers = {"beta": 0.4} if buffer is replay.prioritized else {}
+    with pytest.raises(ValueError, match="num_envs=4 in a replay that was made for 2 environments"):
+        buffer.sample(jax.random.key(0), state, 8, 4, **numbers)
 
 
 def test_a_ring_that_could_hold_nothing_is_refused():
@@ -184,7 +198,7 @@ def test_a_ring_that_could_hold_nothing_is_refused():
 
 def test_prioritized_draws_and_weights_follow_the_definition():
     transitions = stream(8, 2)
-    state = replay.prioritized.init(spec(transitions), 9, 2)
+    state = replay.prioritized.init(spec(transitions), 16, 2)
     state = replay.prioritized.add(state, transitions)
     index = jnp.arange(16)
     error = jnp.linspace(0.1, 3.0, 16)
