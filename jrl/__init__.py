@@ -7,6 +7,8 @@ only jax and chex.
 from __future__ import annotations
 
 import importlib
+import os
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,19 +27,6 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "normalize": ("jrl.normalize", None),
     "optim": ("jrl.optim", None),
     # ring 2
-    "ppo": ("jrl.algos.ppo", None),
-    "dqn": ("jrl.algos.dqn", None),
-    "a2c": ("jrl.algos.a2c", None),
-    "reinforce": ("jrl.algos.reinforce", None),
-    "sac": ("jrl.algos.sac", None),
-    "td3": ("jrl.algos.td3", None),
-    "rainbow": ("jrl.algos.rainbow", None),
-    "pqn": ("jrl.algos.pqn", None),
-    "r2d2": ("jrl.algos.r2d2", None),
-    "tabular": ("jrl.algos.tabular", None),
-    "monte_carlo": ("jrl.algos.monte_carlo", None),
-    "linear": ("jrl.algos.linear", None),
-    "maml": ("jrl.algos.maml", None),
     "grpo": ("jrl.language.grpo", None),
     "language": ("jrl.language", None),
     "token_dqn": ("jrl.language.token_dqn", None),
@@ -67,12 +56,16 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
     "Box": ("jrl.types", "Box"),
 }
 
-# The algorithms by name: an export is all the command needs to know one.
+# The algorithms by name, all that the command needs to know of one: each file of jrl/algos is one, but for what they
+# share.
+_SHARED = ("checks", "off_policy", "on_policy", "planning", "q_functions")
 _ALGORITHMS = {
-    name: module
-    for name, (module, _) in _EXPORTS.items()
-    if module.startswith("jrl.algos.") or name in ("grpo", "token_dqn")
+    file.name: f"jrl.algos.{file.name}"
+    for file in pkgutil.iter_modules([os.path.join(os.path.dirname(__file__), "algos")])
+    if file.name not in _SHARED
 }
+_EXPORTS |= {name: (module, None) for name, module in _ALGORITHMS.items()}
+_ALGORITHMS |= {name: _EXPORTS[name][0] for name in ("grpo", "token_dqn")}
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 

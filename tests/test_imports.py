@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -259,7 +260,21 @@ def test_type_checkers_see_every_lazy_name():
     top = next(m for m in MODULES if m.name == "jrl").tree
     guarded = [n for n in top.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     seen = {alias.name for block in guarded for node in block.body for alias in node.names}
-    assert seen == set(jrl._EXPORTS)
+    assert seen == set(jrl._EXPORTS), (
+        "the names under TYPE_CHECKING in jrl/__init__.py are not those it exports"
+    )
+
+
+def test_every_file_of_an_algorithm_is_one():
+    """What jrl/algos holds is found by its file: a helper there is named among what the algorithms share."""
+    for name, module in jrl._ALGORITHMS.items():
+        loaded = importlib.import_module(module)
+        assert getattr(jrl, name) is loaded
+        assert all(hasattr(loaded, part) for part in ("Config", "HParams", "State", "make")), (
+            f"{module} is no algorithm: name it in _SHARED of jrl/__init__.py"
+        )
+    for name in jrl._SHARED:
+        assert not hasattr(importlib.import_module(f"jrl.algos.{name}"), "HParams")
 
 
 def test_an_unknown_name_is_an_attribute_error():
