@@ -239,6 +239,27 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+def continuation(tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int]) -> str:
+    """Return the text that ``tokens`` add to a prompt: what both say together, without what the prompt says.
+
+    Decoded alone, tokens are a text of their own, which has no blank before its first word where Llama or :class:`Word`
+    have one. A character that the prompt begins and the tokens complete belongs to the continuation.
+
+    Args:
+        tokenizer: any.
+        prompt: its tokens, start token and all.
+        tokens: those after it.
+
+    Raises:
+        ValueError: a token outside the vocabulary.
+    """
+    prompt = list(prompt)
+    whole, said = tokenizer.decode([*prompt, *tokens]), tokenizer.decode(prompt)
+    while not whole.startswith(said):  # it ends with a character that is U+FFFD while bytes of it are missing
+        said = said[:-1]
+    return whole[len(said) :]
+
+
 def pieces(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:
     """Return the text that each token stands for within a text, "" for specials.
 

@@ -145,6 +145,31 @@ def test_round_trips_of_texts_and_of_the_tokenizer(kind, gpt2, tmp_path):
         assert tokenizer.start_token == tokenizer.vocab_size - 2
 
 
+def llama(**changes):
+    """A vocabulary of characters and bytes, as SentencePiece's: each text begins with a blank that is taken off."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(bytes([b]) for b in range(256)), b" ", b"a", b"b", b" a"]
+    given = {"prefix": " ", "specials": {"<unk>": 0, "<s>": 1, "</s>": 2}, "start_token": 1, **changes}
+    return BPE(tuple(pieces), {(b" ", b"a"): 0}, None, True, tuple(range(3, 259)), **given)
+
+
+def test_a_continuation_keeps_the_blank_before_its_first_word(gpt2):
+    words = Word.of("once upon a time")
+    assert tokenizers.continuation(words, words.encode("once upon"), words.encode("a time")) == " a time"
+    assert tokenizers.continuation(words, [], words.encode("a time")) == "a time"
+    tokenizer = llama()
+    tokens = tokenizer.encode("b a")
+    assert tokenizers.continuation(tokenizer, [1, *tokens[:2]], [*tokens[2:], 2]) == " a"
+    assert tokenizers.continuation(tokenizer, [1], tokens) == "b a"
+    for tokenizer in (llama(), gpt2, words, Byte()):
+        for text in TEXTS:
+            tokens = tokenizer.encode(text)
+            for cut in range(len(tokens) + 1):
+                before = tokenizer.decode(tokens[:cut])
+                after = tokenizers.continuation(tokenizer, tokens[:cut], tokens[cut:])
+                # A cut within a character: it belongs to what completes it.
+                assert before.rstrip("\ufffd") + after == tokenizer.decode(tokens)
+
+
 def test_the_model_s_own_text_is_its_own_tokens():
     tokenizer = tokenizers.read(bundle.path("stories260K/tok512.bin"))
     text = bundle.path("stories260K/expected_greedy.txt").read_text(encoding="utf-8").removesuffix("\n")
