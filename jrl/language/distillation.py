@@ -136,7 +136,8 @@ def make(
         weight = weight[:, 1:]
         tau = hparams.temperature
         apart = divergence(target / tau, logits / tau, config.divergence, hparams.jsd_beta)
-        apart = tau**2 * (weight * apart).sum() / jnp.maximum(weight.sum(), 1.0)
+        counted = weight.sum()
+        apart = tau**2 * (weight * apart).sum() / jnp.where(counted > 0, counted, 1.0)
         if config.on_policy:
             return apart, {"loss": apart, "divergence": apart}
         entropy = cross_entropy(logits, tokens[:, 1:], weight)
