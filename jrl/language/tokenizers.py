@@ -58,8 +58,9 @@ class Char:
     specials: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(set(self.alphabet)) != len(self.alphabet) or not self.alphabet:
-            raise ValueError(f"alphabet={self.alphabet!r}: needs one character or more, each once.")
+        text = isinstance(self.alphabet, str)  # a record may hold anything
+        if not text or len(set(self.alphabet)) != len(self.alphabet) or not self.alphabet:
+            raise ValueError(f"alphabet={self.alphabet!r}: needs a text of one character or more, each once.")
 
     @classmethod
     def of(cls, text: str, specials: tuple[str, ...] = ()) -> Char:

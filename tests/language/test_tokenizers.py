@@ -270,8 +270,10 @@ def test_what_no_token_stands_for_is_refused():
         Char("abc").decode([0, 3])
     with pytest.raises(ValueError, match="token -1 is outside the vocabulary"):
         Byte().decode([-1])
-    with pytest.raises(ValueError, match="needs one character or more, each once"):
+    with pytest.raises(ValueError, match="needs a text of one character or more, each once"):
         Char("aba")
+    with pytest.raises(ValueError, match=r"alphabet=\['ab', 'c'\]: needs a text of one character or more"):
+        tokenizers.from_json({"kind": "Char", "alphabet": ["ab", "c"]})
 
 
 def test_folders_without_a_tokenizer_and_unknown_kinds_are_refused(tmp_path):
