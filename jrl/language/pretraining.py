@@ -216,8 +216,13 @@ def cross_entropy(logits: Array, targets: Array, weight: Array) -> Array:
     log_p = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(
         logits, axis=-1
     )
+    return -weighted_mean(log_p, weight)
+
+
+def weighted_mean(values: Array, weight: Array) -> Array:
+    """Return ``Σ w x / Σ w``, both of one shape; 0 where nothing has weight."""
     total = weight.sum()
-    return -(weight * log_p).sum() / jnp.where(total > 0, total, 1.0)
+    return (weight * values).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def schedule(hparams: Any, count: Array) -> Array:
