@@ -168,7 +168,7 @@ def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environme
     """
     box = _bounded_box(env, "discretize_actions")
     size = int(np.prod(box.shape))
-    ns = (int(bins),) * size if isinstance(bins, int) else tuple(int(b) for b in bins)
+    ns = (int(bins),) * size if isinstance(bins, int | np.integer) else tuple(int(b) for b in bins)
     if len(ns) != size or min(ns) < 2:
         raise ValueError(
             f"discretize_actions(bins={bins}): needs one number, or {size} numbers, one for each component "

@@ -31,7 +31,8 @@ class BPE:
     Attributes:
         pieces: the bytes that each token stands for.
         ranks: lower is joined earlier; of a pair ``(left, right)``, or of what it joins to.
-        pattern: regular expression of the parts; None: the whole text is one.
+        pattern: regular expression of the parts, what lies between two matches being one as well; None: the whole text
+            is one.
         characters: start from characters, with single bytes for those that are no token; otherwise from bytes.
         bytes_at: the tokens of the 256 bytes.
         specials: names of tokens that no text is encoded to.
@@ -40,6 +41,8 @@ class BPE:
         prefix: put before each text (a blank, for Llama), and taken off again.
         normalization: a Unicode form such as NFC, or "".
         whole_first: a part that is a token is not split.
+        prefix_once: the prefix is not put before a text that begins with it; a text and the same behind one prefix
+            then have the same tokens, which are decoded to the shorter.
     """
 
     pieces: tuple[bytes, ...]
@@ -53,6 +56,7 @@ class BPE:
     prefix: str = ""
     normalization: str = ""
     whole_first: bool = False
+    prefix_once: bool = False
 
     def __post_init__(self) -> None:
         if len(self.bytes_at) != 256 or not all(0 <= token < len(self.pieces) for token in self.bytes_at):
@@ -75,7 +79,18 @@ class BPE:
 
     @functools.cached_property
     def _split(self) -> Callable[[str], list[str]]:
-        return (lambda text: [text]) if self.pattern is None else re.compile(_expand(self.pattern)).findall
+        if self.pattern is None:
+            return lambda text: [text]
+        matches = re.compile(_expand(self.pattern)).finditer
+
+        def split(text: str) -> list[str]:
+            parts, at = [], 0
+            for match in matches(text):
+                parts += [text[at : match.start()], match[0]]
+                at = match.end()
+            return [part for part in (*parts, text[at:]) if part]
+
+        return split
 
     @functools.cached_property
     def _of_part(self) -> Callable[[str], tuple[int, ...]]:
@@ -87,13 +102,19 @@ class BPE:
             text = unicodedata.normalize(self.normalization, text)  # type: ignore[arg-type]
         if not text:
             return []
-        return [token for part in self._split(self.prefix + text) for token in self._of_part(part)]
+        if not (self.prefix_once and text.startswith(self.prefix)):
+            text = self.prefix + text
+        return [token for part in self._split(text) for token in self._of_part(part)]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text; specials are left out, bytes that are no UTF-8 become U+FFFD."""
         specials = set(self.specials.values())
         joined = b"".join(self.pieces[t] for t in known(self.vocab_size, tokens) if t not in specials)
-        return joined.decode("utf-8", "replace").removeprefix(self.prefix)
+        text = joined.decode("utf-8", "replace")
+        rest = text.removeprefix(self.prefix)
+        if self.prefix_once and (not rest or rest.startswith(self.prefix)):
+            return text  # the prefix is the text's own: none was put before it
+        return rest
 
     def _join(self, part: str) -> tuple[int, ...]:
         if self.whole_first and (whole := self._ids.get(part.encode())) is not None:

@@ -245,8 +245,10 @@ def say(
     used = count * transformer.flops_per_token(model.config, len(read) + new) / seconds / calibrate.peak()
     said = [
         # A model may have more tokens than its tokenizer names: padding, of which a trained one says none.
-        model.tokenizer.decode(
-            [token for token in row[:length].tolist() if token < model.tokenizer.vocab_size]
+        tokenizers.continuation(
+            model.tokenizer,
+            read,
+            [token for token in row[:length].tolist() if token < model.tokenizer.vocab_size],
         )
         for row, length in zip(np.asarray(texts.tokens), texts.length.tolist(), strict=True)
     ]

@@ -20,7 +20,7 @@ from flax import struct
 from jrl import ops
 from jrl.algos import checks
 from jrl.language import generation, pretraining
-from jrl.language.pretraining import Corpus, batches, cross_entropy
+from jrl.language.pretraining import Corpus, batches, cross_entropy, weighted_mean
 from jrl.networks import transformer
 from jrl.types import Algorithm, Array, Key, Metrics, Params, Policy, PyTree
 
@@ -136,7 +136,7 @@ def make(
         weight = weight[:, 1:]
         tau = hparams.temperature
         apart = divergence(target / tau, logits / tau, config.divergence, hparams.jsd_beta)
-        apart = tau**2 * (weight * apart).sum() / jnp.maximum(weight.sum(), 1.0)
+        apart = tau**2 * weighted_mean(apart, weight)
         if config.on_policy:
             return apart, {"loss": apart, "divergence": apart}
         entropy = cross_entropy(logits, tokens[:, 1:], weight)

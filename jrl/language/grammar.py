@@ -43,6 +43,10 @@ def automaton(
         raise ValueError(
             f"automaton: transitions {table.shape} and accepting {ends.shape}: expected [S, V] and [S]."
         )
+    if not table.size:
+        raise ValueError(
+            f"automaton: transitions {table.shape}: it accepts no text; needs at least one state and one token."
+        )
     if table.min() < -1 or table.max() >= len(table):
         wrong = table[(table < -1) | (table >= len(table))][0]
         raise ValueError(
@@ -236,7 +240,10 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
                 return first, last
             place += 1
 
-    start, end = alternatives()
+    try:
+        start, end = alternatives()
+    except RecursionError:
+        raise fail("parentheses are nested too deeply; write it with fewer of them") from None
     if place < len(pattern):
         raise fail("a parenthesis was never opened")
 

@@ -331,6 +331,10 @@ def _pair(
             f"tokens {tokens.shape} with length {length.shape}, reference {reference.shape} with reference_length "
             f"{reference_length.shape}: expected [..., L], [...], [..., M] and [...] of the same leading axes."
         )
-    text = _fenced(tokens, length, -1).reshape(-1, tokens.shape[-1]).T
-    other = _fenced(reference, reference_length, -2).reshape(-1, reference.shape[-1]).T
-    return text, other, batch
+
+    def columns(x: Array, length: Array, fence: int) -> Array:
+        if not x.shape[-1]:  # room for no token at all: as good as one place of padding
+            x = jnp.zeros((*batch, 1), jnp.int32)
+        return _fenced(x, length, fence).reshape(-1, x.shape[-1]).T
+
+    return columns(tokens, length, -1), columns(reference, reference_length, -2), batch

@@ -14,11 +14,13 @@ name            argument                   what a text earns
 ==============  =========================  ====================================================================
 
 ``T`` is the most tokens that a text may have. The first two are paid token by token as they are earned, the others at
-the end. A text is what follows the prompt.
+the end. A text is what follows the prompt, with the blank before its first word where words are tokens: such a text
+matches ``format:( the| cat)+``.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -64,15 +66,19 @@ def parse(text: str) -> Spec:
     """Read ``[WEIGHT*]NAME[:ARGUMENT]``.
 
     Raises:
-        ValueError: it is none, or there is no such reward.
+        ValueError: it is none, its weight is no finite number, or there is no such reward.
     """
     found = _FORM.fullmatch(text)
-    if not found or found[2] not in NAMES:
+    try:
+        weight = float(found[1] or 1.0) if found else math.nan
+    except ValueError:
+        weight = math.nan
+    if not found or found[2] not in NAMES or not math.isfinite(weight):
         raise ValueError(
-            f"--reward {text}: expected [WEIGHT*]NAME[:ARGUMENT], such as lexicon:happy,sad=-1 or -0.5*repetition:3. "
-            f"Names: {', '.join(NAMES)}."
+            f"--reward {text}: expected [WEIGHT*]NAME[:ARGUMENT] with a finite number as weight, such as "
+            f"lexicon:happy,sad=-1 or -0.5*repetition:3. Names: {', '.join(NAMES)}."
         )
-    return Spec(float(found[1] or 1.0), found[2], found[3] or "")
+    return Spec(weight, found[2], found[3] or "")
 
 
 def build(specs: Sequence[str], source: Source) -> tuple[TokenReward, Rating]:

@@ -43,7 +43,8 @@ def fit(texts: Sequence[Sequence[int]], vocab_size: int, order: int = 3) -> Ngra
 
     Source: Chen and Goodman 1999, "An Empirical Study of Smoothing Techniques for Language Modeling",
     https://doi.org/10.1006/csla.1999.0128 (interpolated, one discount an order). No symbol for a text's start is
-    added: the first tokens of a text are predicted by the shorter models. Add one to the texts to change that.
+    added: the first tokens of a text are predicted by the shorter models. Add one to the texts to change that. Orders
+    longer than every text are left out.
 
     Args:
         texts: token ids of each text.
@@ -73,13 +74,15 @@ def fit(texts: Sequence[Sequence[int]], vocab_size: int, order: int = 3) -> Ngra
     ] = []  # (n-gram, the one without its first token), each distinct once
     shorter, counts = node, np.bincount(flat, minlength=vocab_size)
     for n in range(2, order + 1):
+        at = np.flatnonzero(start >= n - 1)
+        if not at.size:
+            order = n - 1
+            break
         if len(grams[-1]) * vocab_size > _MAX_KEY:
             raise ValueError(
                 f"fit: {len(grams[-1])} n-grams of {n - 1} tokens times {vocab_size} tokens exceed 32 bits; use "
                 f"order={n - 1}, or a smaller vocabulary."
             )
-        inside = start >= n - 1
-        at = np.flatnonzero(inside)
         key = node[at - 1] * vocab_size + flat[at]
         unique, place, counts = np.unique(key, return_inverse=True, return_counts=True)
         suffix = np.empty(len(unique), np.int64)

@@ -216,7 +216,13 @@ def cross_entropy(logits: Array, targets: Array, weight: Array) -> Array:
     log_p = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(
         logits, axis=-1
     )
-    return -(weight * log_p).sum() / jnp.maximum(weight.sum(), 1.0)
+    return -weighted_mean(log_p, weight)
+
+
+def weighted_mean(values: Array, weight: Array) -> Array:
+    """Return ``Σ w x / Σ w``, both of one shape; 0 where nothing has weight."""
+    total = weight.sum()
+    return (weight * values).sum() / jnp.where(total > 0, total, 1.0)
 
 
 def schedule(hparams: Any, count: Array) -> Array:
@@ -274,6 +280,6 @@ def evaluate(
     def total(x: tuple[Array, Array]) -> Array:
         tokens, weight = x[0].astype(jnp.int32), x[1][:, 1:]
         logits = transformer.forward(params, model, tokens[:, :-1]).logits
-        return cross_entropy(logits, tokens[:, 1:], weight) * jnp.maximum(weight.sum(), 1.0)
+        return cross_entropy(logits, tokens[:, 1:], weight) * weight.sum()
 
     return jax.lax.map(total, (jnp.asarray(tokens), jnp.asarray(weight))).sum() / weight[..., 1:].sum()

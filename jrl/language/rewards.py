@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jrl.language import grammar as grammars
 from jrl.language import metrics, ngrams
+from jrl.normalize import RunningStatistics, init_statistics, update_statistics, variance
 from jrl.types import Array, Metrics, PyTree
 
 
@@ -166,14 +167,6 @@ class Scorer(NamedTuple):
     apply: Callable[[PyTree, Text], tuple[PyTree, Array, Metrics]]
 
 
-class Normalization(NamedTuple):
-    """Moments of each part of a weighted sum, ``[K]``; ``num_texts`` float32 ``[]``, those seen."""
-
-    num_texts: Array
-    mean: Array
-    second: Array
-
-
 def weighted_sum(
     scores: Mapping[str, Score], weights: Mapping[str, float], *, normalize: bool = False
 ) -> Scorer:
@@ -191,22 +184,16 @@ def weighted_sum(
     _same_names("weights", scores, weights)
     factors = jnp.array([weights[name] for name in scores], jnp.float32)
 
-    def init() -> Normalization:
-        return Normalization(jnp.float32(0), jnp.zeros(len(scores)), jnp.zeros(len(scores)))
-
-    def apply(state: Normalization, texts: Text) -> tuple[Normalization, Array, Metrics]:
+    def apply(state: RunningStatistics, texts: Text) -> tuple[RunningStatistics, Array, Metrics]:
         values = _values(scores, texts)
         report = {f"score/{name}": value.mean() for name, value in zip(scores, values, strict=True)}
         if not normalize:
             return state, factors @ values, report
-        share = values.shape[1] / (state.num_texts + values.shape[1])
-        mean = state.mean + share * (values.mean(1) - state.mean)
-        second = state.second + share * ((values**2).mean(1) - state.second)
-        std = jnp.sqrt(jnp.maximum(second - mean**2, 0.0))
-        state = Normalization(state.num_texts + values.shape[1], mean, second)
-        return state, factors @ ((values - mean[:, None]) / (std[:, None] + 1e-4)), report
+        state = update_statistics(state, values.T)
+        std = jnp.sqrt(variance(state))
+        return state, factors @ ((values - state.mean[:, None]) / (std[:, None] + 1e-4)), report
 
-    return Scorer(init, apply)
+    return Scorer(lambda: init_statistics(jax.ShapeDtypeStruct(factors.shape, jnp.float32)), apply)
 
 
 def constrained(
@@ -227,7 +214,14 @@ def constrained(
         constraints: name -> (score, bound).
         step_size: η, of the multipliers.
         most: bound of the multipliers; of a constraint that cannot be met they would grow for ever.
+
+    Raises:
+        ValueError: no constraint.
     """
+    if not constraints:
+        raise ValueError(
+            "constrained: constraints is empty; name at least one, or use weighted_sum for the objective alone."
+        )
     bounds = jnp.array([bound for _, bound in constraints.values()], jnp.float32)
     parts = {name: score for name, (score, _) in constraints.items()}
 

@@ -24,7 +24,8 @@ def compile(pattern: str, pieces: Sequence[str]) -> grammars.Automaton:
 
     Args:
         pattern: the expression; a text belongs to it where all of its characters match.
-        pieces: the text of each token; the empty one (a special token) belongs nowhere.
+        pieces: the text of each token; the empty one (a special token) belongs nowhere. Where words are tokens each has
+            a blank before it, and so has the expression: ``( the)( cat)?``.
 
     Raises:
         ValueError: a malformed expression, or one that no text of these pieces matches.

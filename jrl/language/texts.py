@@ -102,7 +102,9 @@ def _corpus_of(folder: Path) -> str:
 def _end(end: str, tokenizer: tokenizers.Tokenizer) -> int | None:
     if not end:
         return None if tokenizer.end_token < 0 else tokenizer.end_token
-    found = [token for token, piece in enumerate(tokenizers.pieces(tokenizer)) if piece == end]
+    blank = " " if isinstance(tokenizer, tokenizers.Word) else ""  # which its words have before them
+    pieces = enumerate(tokenizers.pieces(tokenizer))
+    found = [token for token, piece in pieces if end in (piece, piece.removeprefix(blank))]
     if not found:
         raise ValueError(f"end={end!r}: no token of the model is that; a text ends with one token.")
     return found[0]

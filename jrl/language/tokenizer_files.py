@@ -115,9 +115,8 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         normal = [step for step in normalizers if step["type"] != "Prepend"]
         if any(step["type"] != "Replace" for step in normal) or kinds not in ([], ["Metaspace"]):
             raise ValueError(f"normalizer {normal} with pre_tokenizer {kinds} is not known here")
-        prefix = len(normal) < len(normalizers) or any(
-            step.get("prepend_scheme", "always") != "never" for step in splitters
-        )
+        prepended = len(normal) < len(normalizers)
+        prefix = prepended or any(step.get("prepend_scheme", "always") != "never" for step in splitters)
         named = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
         table = {token: named.get(piece, blank(piece).encode()) for piece, token in vocab.items()}
         pieces = _table({}, {}, table | {token: name.encode() for name, token in specials.items()})
@@ -125,7 +124,8 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         bytes_at = tuple(vocab[f"<0x{b:02X}>"] for b in range(256))
         names = {name: specials[name] for name in specials if name not in named}
         start, end = _ends(names)
-        return BPE(pieces, ranks, None, True, bytes_at, names, start, end, " " if prefix else "")
+        bpe = BPE(pieces, ranks, None, True, bytes_at, names, start, end, " " if prefix else "")
+        return dataclasses.replace(bpe, prefix_once=prefix and not prepended)
     unknown = [kind for kind in kinds if kind not in ("Split", "ByteLevel")]
     forms = [step["type"] for step in normalizers]
     if (
@@ -134,7 +134,12 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         or any(form not in ("NFC", "NFD", "NFKC", "NFKD") for form in forms[:1])
     ):
         raise ValueError(f"pre_tokenizer {kinds} with normalizer {forms}: only byte-level BPE is read")
-    patterns = [step["pattern"]["Regex"] for step in splitters if step["type"] == "Split"]
+    splits = [step for step in splitters if step["type"] == "Split"]
+    for step in splits:
+        for name, read in (("behavior", "Isolated"), ("invert", False)):
+            if step.get(name, read) != read:
+                raise ValueError(f"a Split with {name}={step[name]!r}: only {read!r} is read")
+    patterns = [step["pattern"]["Regex"] for step in splits]
     byte_level = splitters[kinds.index("ByteLevel")]
     if byte_level.get("use_regex", True):
         patterns.append(GPT2_PATTERN)
@@ -146,6 +151,7 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         normalization=[*forms, ""][0],
         whole_first=bool(model.get("ignore_merges")),
         prefix=" " if byte_level.get("add_prefix_space") else "",
+        prefix_once=bool(byte_level.get("add_prefix_space")),
     )
 
 

@@ -58,8 +58,9 @@ class Char:
     specials: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(set(self.alphabet)) != len(self.alphabet) or not self.alphabet:
-            raise ValueError(f"alphabet={self.alphabet!r}: needs one character or more, each once.")
+        text = isinstance(self.alphabet, str)  # a record may hold anything
+        if not text or len(set(self.alphabet)) != len(self.alphabet) or not self.alphabet:
+            raise ValueError(f"alphabet={self.alphabet!r}: needs a text of one character or more, each once.")
 
     @classmethod
     def of(cls, text: str, specials: tuple[str, ...] = ()) -> Char:
@@ -237,6 +238,27 @@ def write(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def continuation(tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int]) -> str:
+    """Return the text that ``tokens`` add to a prompt: what both say together, without what the prompt says.
+
+    Decoded alone, tokens are a text of their own, which has no blank before its first word where Llama or :class:`Word`
+    have one. A character that the prompt begins and the tokens complete belongs to the continuation.
+
+    Args:
+        tokenizer: any.
+        prompt: its tokens, start token and all.
+        tokens: those after it.
+
+    Raises:
+        ValueError: a token outside the vocabulary.
+    """
+    prompt = list(prompt)
+    whole, said = tokenizer.decode([*prompt, *tokens]), tokenizer.decode(prompt)
+    while not whole.startswith(said):  # it ends with a character that is U+FFFD while bytes of it are missing
+        said = said[:-1]
+    return whole[len(said) :]
 
 
 def pieces(tokenizer: Tokenizer, vocab_size: int | None = None) -> list[str]:

@@ -265,6 +265,11 @@ def test_discretize_several_components():
     np.testing.assert_allclose(out.reward - 1, [-1, 11, 4])
 
 
+@pytest.mark.parametrize("bins", [5, np.int64(5), np.array([5])])
+def test_discretize_takes_any_whole_number(bins):
+    assert envs.discretize_actions(counting(action=Box((1,), -2.0, 2.0)), bins).action == Discrete(5)
+
+
 def test_discretize_refusals():
     box = counting(action=Box((2,), -1, 1))
     for bins in (1, [3], [3, 1]):

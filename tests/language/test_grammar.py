@@ -74,6 +74,7 @@ def test_what_it_refuses():
         "a{x}": "must be {2} or {2,5}",
         "a{3,2}": "at least 3 and at most 2",
         "z": "accepts no text",
+        "(" * 3000 + "a" + ")" * 3000: "parentheses are nested too deeply",
         "[ab": "ends too early",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -82,3 +83,9 @@ def test_what_it_refuses():
         grammar.automaton([[0, 5], [1, 1]], [False, True])
     with pytest.raises(ValueError, match=r"transitions \(2,\)"):
         grammar.automaton([0, 1], [True])
+    with pytest.raises(
+        ValueError, match=r"transitions \(0, 3\): it accepts no text; needs at least one state"
+    ):
+        grammar.automaton(np.zeros((0, 3), int), np.zeros(0, bool))
+    with pytest.raises(ValueError, match="it accepts no text; needs at least one state and one token"):
+        grammar.compile("a", [])

@@ -189,3 +189,19 @@ def test_any_leading_axes_and_none():
         assert metric(tokens[1, 2], length[1, 2], others[1, 2], lengths[1, 2]) == batch[1, 2]
     with pytest.raises(ValueError, match=r"reference \(3, 6\).*of the same leading axes"):
         metrics.edit_distance(tokens, length, others[0], lengths)
+
+
+@pytest.mark.parametrize(("width", "other"), [(0, 3), (3, 0), (0, 0)])
+def test_texts_that_have_no_room_for_a_token_are_empty(width, other):
+    """As the same text in an array with room: lengths are what counts."""
+    given = np.ones((2, width), int), np.full(2, width), np.ones((2, other), int), np.full(2, other)
+    roomy = np.ones((2, 4), int), given[1], np.ones((2, 4), int), given[3]
+    assert metrics.edit_distance(*given).tolist() == [max(width, other)] * 2
+    for metric in (
+        metrics.edit_distance,
+        metrics.prefix_distance,
+        metrics.word_error_rate,
+        metrics.longest_common_subsequence,
+        metrics.rouge_l,
+    ):
+        jax.tree.map(np.testing.assert_array_equal, metric(*given), metric(*roomy))

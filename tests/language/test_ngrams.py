@@ -55,6 +55,19 @@ def test_equals_the_equation_and_sums_to_one(order):
         np.testing.assert_allclose(following[probe[length]], wanted[length], rtol=2e-5)
 
 
+@pytest.mark.parametrize("texts", [[[0], [1], [1]], [[0, 1], [1, 2], [1, 2]]])
+def test_orders_longer_than_every_text_are_left_out(texts):
+    longest = len(texts[0])
+    model, expected = ngrams.fit(texts, 3, order=4), slow_probability(texts, 3, longest)
+    probe = np.array([1, 2, 0, 1, 1, 2])
+    wanted = [expected(probe[t], tuple(probe[max(0, t - longest + 1) : t])) for t in range(6)]
+    np.testing.assert_allclose(np.exp(ngrams.log_probs(model, probe)), wanted, rtol=2e-5)
+    following = np.exp(ngrams.next_log_probs(model, probe, 3))
+    np.testing.assert_allclose(following.sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(following[1], wanted[3], rtol=2e-5)
+    np.testing.assert_allclose(np.exp(ngrams.last_log_prob(model, probe, 4)), wanted[3], rtol=2e-5)
+
+
 def test_real_text_is_likelier_than_its_letters_shuffled():
     letters = bundle.path("shakespeare/input.txt").read_text()[:200_000]
     known = sorted(set(letters))

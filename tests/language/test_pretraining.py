@@ -138,6 +138,21 @@ def test_only_what_has_weight_is_learned():
     jax.tree.map(assert_array_equal, tuned.params, state.params)
 
 
+def test_weights_that_sum_to_less_than_one_are_divided_by_as_well():
+    logits, targets = jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), int)
+    for weight, expected in ([0.25, 0.25], np.log(4)), ([3.0, 0.0], np.log(4)), ([0.0, 0.0], 0.0):
+        loss = pretraining.cross_entropy(logits, targets, jnp.array([weight]))
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    rows = PATTERN[:18].reshape(2, 9)
+    params = transformer.init(jax.random.key(0), MODEL)
+    config = pretraining.Config(batch_size=1)
+    whole, tenth = (
+        jax.jit(lambda params, w=w: pretraining.evaluate(params, MODEL, Corpus(rows, w), config))(params)
+        for w in (np.ones(rows.shape), np.full(rows.shape, 0.1))
+    )
+    np.testing.assert_allclose(tenth, whole, rtol=1e-5)
+
+
 def test_evaluation_predicts_each_token_once(learner):
     tokens = PATTERN[:21]
     loss = jax.jit(lambda params: pretraining.evaluate(params, MODEL, Corpus(tokens), CONFIG))(

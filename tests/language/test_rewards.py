@@ -76,6 +76,18 @@ def test_sums_are_normalised_by_all_that_was_seen():
         rewards.weighted_sum(scores, {"a": 1.0})
 
 
+def test_sums_are_normalised_where_the_mean_is_far_larger_than_the_spread():
+    value = 20_000.0 + np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    scorer = rewards.weighted_sum({"a": lambda t: t.reference}, {"a": 1.0}, normalize=True)
+    state, ones = scorer.init(), jnp.ones(64, int)
+    for row in value:
+        state, score, _ = scorer.apply(
+            state, Text(jnp.zeros((64, 2), int), ones, ones, ones > 0, jnp.asarray(row))
+        )
+    expected = (value[-1].astype(float) - value.mean(dtype=float)) / value.std(dtype=float)
+    np.testing.assert_allclose(score, expected, atol=5e-3)  # float32 has steps of 0.002 there
+
+
 def test_multipliers_rise_while_a_constraint_is_violated_and_fall_after():
     def first(t):
         return t.tokens[0].astype(jnp.float32)
@@ -95,3 +107,5 @@ def test_multipliers_rise_while_a_constraint_is_violated_and_fall_after():
     for _ in range(5):
         state, _, _ = scorer.apply(state, batch(9))
     assert state.tolist() == [0.0]
+    with pytest.raises(ValueError, match="constraints is empty; name at least one"):
+        rewards.constrained(first, {})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import bundle
@@ -11,7 +12,8 @@ import pytest
 
 import jrl
 from jrl import cli, plots, records
-from jrl.language import runs, weights
+from jrl.language import commands, runs, tokenizers, weights
+from jrl.networks import transformer
 
 MODEL = ["--num-layers", "1", "--num-heads", "2", "--num-kv-heads", "1", "--width", "8", "--mlp-width", "8"]
 TINY = [*MODEL, "--max-length", "8", "--batch-size", "4", "--updates-per-step", "2", "--progress", "lines"]
@@ -124,6 +126,16 @@ def test_distill_learns_from_the_run(folder, tmp_path):
     assert {"divergence", "validation_loss", "model_flop_utilization"} <= set(row)
     # The teacher is in the checkpoint: nothing else is needed to go on.
     assert cli.main(["resume", str(tmp_path / "small"), "--env-steps", str(3 * STEP)]) == 0
+
+
+def test_generate_puts_a_blank_between_the_prompt_and_the_next_word():
+    tokenizer = tokenizers.Word.of("once upon a time")
+    config = transformer.Config(
+        tokenizer.vocab_size, num_layers=1, num_heads=1, num_kv_heads=1, width=8, max_length=8
+    )
+    model = runs.Model(transformer.init(jax.random.key(0), config), config, tokenizer)
+    (said,), _ = commands.say(model, "once upon", tokens=2, greedy=True)
+    assert re.fullmatch(r"( (<unk>|\w+)){2}", said)
 
 
 def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, capsys):

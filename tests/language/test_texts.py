@@ -11,7 +11,7 @@ import pytest
 
 import jrl
 from jrl import cli, flags, records
-from jrl.language import models, named_rewards, ngrams, policy_gradient, runs, token_q
+from jrl.language import models, named_rewards, ngrams, policy_gradient, runs, token_q, tokenizers, weights
 from jrl.language.environments import Prompts, Rating, at_end, token_mdp
 from jrl.language.rewards import Text
 from jrl.networks import transformer
@@ -131,6 +131,8 @@ def test_rewards_of_whole_texts():
     for wrong, message in {
         "joy": r"--reward joy: expected \[WEIGHT\*\]NAME",
         "x*ngram": "expected",
+        "1.2.3*finished": r"--reward 1\.2\.3\*finished: expected .* a finite number as weight",
+        "1e999*finished": r"--reward 1e999\*finished: expected .* a finite number as weight",
         "ngram:0": "--reward ngram:0: .*whole number of at least 1",
         "lexicon:b=c": "'b=c': expected WORD or WORD=NUMBER",
         "format:(a": "a parenthesis is not closed at character 2",
@@ -190,6 +192,23 @@ def test_the_policy_starts_as_the_model(folder):
     assert all(model.tokenizer.decode(row) in TEXT for row in env.step.prompts.tokens)
     ended = jrl.make("Text-jrl", model=str(folder / "lm"), max_new_tokens=5, prompt_length=3, end="\n")
     assert ended.step.eos == model.tokenizer.encode("\n")[0]
+
+
+def test_a_text_of_words_ends_with_a_word_as_one_writes_it(tmp_path):
+    words = tokenizers.Word.of("the cat sat .")
+    config = transformer.Config(
+        words.vocab_size, num_layers=1, num_heads=1, num_kv_heads=1, width=8, max_length=8
+    )
+    params = transformer.init(jax.random.key(0), config)
+    weights.write_folder(tmp_path, params, config)
+    tokenizers.write(words, tmp_path)
+    (tmp_path / "corpus.txt").write_text("the cat sat .")
+    corpus = str(tmp_path / "corpus.txt")
+    kwargs = {"model": str(tmp_path), "corpus": corpus, "max_new_tokens": 4, "prompt_length": 2}
+    env = jrl.make("Text-jrl", end=".", reward=["format:( the| cat)+", "ngram:2"], **kwargs)
+    assert env.step.eos == words.encode(".")[0]
+    with pytest.raises(ValueError, match="end='dog': no token of the model is that"):
+        jrl.make("Text-jrl", end="dog", **kwargs)
 
 
 def test_a_run_says_what_a_run_on_texts_says(folder, capsys):

@@ -252,4 +252,4 @@ def test_a_scorer_is_part_of_the_kernel():
     )
     state, metrics = train(algo, pg.HParams(learning_rate=0.02), 60)
     assert metrics["score/twos"][-1] > 2.8
-    assert state.scorer.num_texts == 60 * 64
+    assert state.scorer.count == 60 * 64

@@ -120,6 +120,79 @@ def test_byte_fallback_as_llama_has_it(tmp_path):
     assert [tokenizer.decode([1, *tokenizer.encode(text), 2]) for text in TEXTS] == TEXTS
 
 
+def byte_level(folder, **changes):
+    """The vocabulary of :func:`gpt2_files` as ``tokenizer.json``, with another pre_tokenizer."""
+    vocab, merges = gpt2_files(folder)
+    record = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **changes}
+    (folder / "tokenizer.json").write_text(json.dumps(record))
+    return folder / "tokenizer.json"
+
+
+def test_what_a_pattern_does_not_match_is_a_part_of_its_own(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "12|c"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    path = byte_level(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]})
+    tokenizer = tokenizers.read(path)
+    assert tokenizer.encode("cat12 the") == [ord("c"), 259, 262, 258]  # neither "cat" nor " c" across parts
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+    for wrong, name in (
+        ({"behavior": "MergedWithNext"}, "behavior='MergedWithNext'"),
+        ({"invert": True}, "invert=True"),
+    ):
+        steps = [split | wrong, level]
+        byte_level(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+        with pytest.raises(ValueError, match=f"a Split with {name}: only"):
+            tokenizers.read(path)
+
+
+def test_a_text_that_begins_with_the_prefix_gets_no_second_one(tmp_path):
+    path = byte_level(tmp_path, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})
+    once = tokenizers.read(path)
+    assert once.encode("the") == once.encode(" the") == [258]
+    assert once.encode("  the") == [ord(" "), 258]
+    assert once.encode(" ") == [ord(" ")]
+    assert [once.decode(once.encode(text)) for text in ("the", "  the", " ", "", *TEXTS)] == [
+        "the",
+        "  the",
+        " ",
+        "",
+        *TEXTS,
+    ]
+    assert tokenizers.continuation(once, once.encode("the"), once.encode(" at")) == " at"
+    tokenizers.write(once, tmp_path)
+    assert tokenizers.read(tmp_path).encode(" the") == [258]
+    record = {name: value for name, value in tokenizers.to_json(llama()).items() if name != "prefix_once"}
+    assert tokenizers.from_json(record).encode(" a") == [259, 262], "a record of before: the prefix always"
+    assert llama(prefix_once=True).encode(" a") == [262]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspace_puts_a_blank_only_where_there_is_none(scheme):
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581\u2581",
+        "\u2581a",
+    ]
+    record = {
+        "added_tokens": [{"id": i, "content": names[i]} for i in range(3)],
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme},
+        "model": {
+            "byte_fallback": True,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": [["\u2581", "a"]],
+        },
+    }
+    tokenizer = tokenizer_files.hugging_face(record)
+    assert tokenizer.encode(" a") == [263]
+    assert tokenizer.encode("a") == ([260] if scheme == "never" else [263])
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "word", "gpt2"])
 def test_round_trips_of_texts_and_of_the_tokenizer(kind, gpt2, tmp_path):
     text = "".join(TEXTS)
@@ -143,6 +216,31 @@ def test_round_trips_of_texts_and_of_the_tokenizer(kind, gpt2, tmp_path):
         assert tokenizer.encode("the dog sat.") == [1, 0, 3, 0]
         assert tokenizer.decode([1, 0, 3, 7]) == "the <unk> sat"
         assert tokenizer.start_token == tokenizer.vocab_size - 2
+
+
+def llama(**changes):
+    """A vocabulary of characters and bytes, as SentencePiece's: each text begins with a blank that is taken off."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(bytes([b]) for b in range(256)), b" ", b"a", b"b", b" a"]
+    given = {"prefix": " ", "specials": {"<unk>": 0, "<s>": 1, "</s>": 2}, "start_token": 1, **changes}
+    return BPE(tuple(pieces), {(b" ", b"a"): 0}, None, True, tuple(range(3, 259)), **given)
+
+
+def test_a_continuation_keeps_the_blank_before_its_first_word(gpt2):
+    words = Word.of("once upon a time")
+    assert tokenizers.continuation(words, words.encode("once upon"), words.encode("a time")) == " a time"
+    assert tokenizers.continuation(words, [], words.encode("a time")) == "a time"
+    tokenizer = llama()
+    tokens = tokenizer.encode("b a")
+    assert tokenizers.continuation(tokenizer, [1, *tokens[:2]], [*tokens[2:], 2]) == " a"
+    assert tokenizers.continuation(tokenizer, [1], tokens) == "b a"
+    for tokenizer in (llama(), gpt2, words, Byte()):
+        for text in TEXTS:
+            tokens = tokenizer.encode(text)
+            for cut in range(len(tokens) + 1):
+                before = tokenizer.decode(tokens[:cut])
+                after = tokenizers.continuation(tokenizer, tokens[:cut], tokens[cut:])
+                # A cut within a character: it belongs to what completes it.
+                assert before.rstrip("\ufffd") + after == tokenizer.decode(tokens)
 
 
 def test_the_model_s_own_text_is_its_own_tokens():
@@ -172,8 +270,10 @@ def test_what_no_token_stands_for_is_refused():
         Char("abc").decode([0, 3])
     with pytest.raises(ValueError, match="token -1 is outside the vocabulary"):
         Byte().decode([-1])
-    with pytest.raises(ValueError, match="needs one character or more, each once"):
+    with pytest.raises(ValueError, match="needs a text of one character or more, each once"):
         Char("aba")
+    with pytest.raises(ValueError, match=r"alphabet=\['ab', 'c'\]: needs a text of one character or more"):
+        tokenizers.from_json({"kind": "Char", "alphabet": ["ab", "c"]})
 
 
 def test_folders_without_a_tokenizer_and_unknown_kinds_are_refused(tmp_path):
