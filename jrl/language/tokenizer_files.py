@@ -136,9 +136,13 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         raise ValueError(f"pre_tokenizer {kinds} with normalizer {forms}: only byte-level BPE is read")
     splits = [step for step in splitters if step["type"] == "Split"]
     for step in splits:
-        for name, read in (("behavior", "Isolated"), ("invert", False)):
-            if step.get(name, read) != read:
-                raise ValueError(f"a Split with {name}={step[name]!r}: only {read!r} is read")
+        # The other way to write a pattern that matches all there is, as that of GPT-4: what it leaves is removed.
+        kind = step.get("behavior", "Isolated"), step.get("invert", False)
+        if kind not in (("Isolated", False), ("Removed", True)):
+            raise ValueError(
+                f"a Split with behavior={kind[0]!r} and invert={kind[1]!r}: only 'Isolated' and False, or "
+                "'Removed' and True are read"
+            )
     patterns = [step["pattern"]["Regex"] for step in splits]
     byte_level = splitters[kinds.index("ByteLevel")]
     if byte_level.get("use_regex", True):
