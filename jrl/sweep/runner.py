@@ -120,7 +120,7 @@ def execute(
 
     A member is computed as the same run alone would be: bit for bit on a CPU (``width=1``), to rounding where
     members are computed side by side. A member with a number that is not finite is set back to its state before
-    that chunk of training and left so; the others' results do not change by a bit.
+    that chunk of training and left so: it has no final return. The others' results do not change by a bit.
 
     Args:
         algorithm: ``"ppo"``, a module with ``make``, ``Config`` and ``HParams``, or an
@@ -241,7 +241,7 @@ def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: An
 
     ::
 
-        best = max(range(len(table)), key=lambda i: table.row(i)["episode_return_mean"])
+        best = int(np.nanargmax(table.final_returns))
         learned = jrl.sweep.load("runs/sweep", best)
         learned.algo.policy(learned.state)
 

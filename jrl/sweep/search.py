@@ -21,8 +21,8 @@ class Halving:
 
     After ``env_steps / eta**(num_rungs - r)`` environment steps of rung ``r = 1 … num_rungs - 1`` the best
     ``1 / eta`` of the settings go on; a setting's score is the interquartile mean over its seeds of the training
-    return since the last rung's middle. The best ones train for all of ``env_steps``. Which of equal ones go on is
-    drawn, not decided by their place in the grid.
+    return since the last rung's middle, and the worst of all where one of them was frozen. The best ones train for
+    all of ``env_steps``. Which of equal ones go on is drawn, not decided by their place in the grid.
 
     A rung compares what it sees: the returns of episodes that have *ended*. Before every environment of a member has
     ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``.

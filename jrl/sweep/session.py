@@ -158,6 +158,8 @@ class Session:
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
         best = None if not complete else outcome.best_setting(self)
+        if complete and (self.results.failed_at >= 0).all():
+            self.show.message(f"all {self.num} members were frozen: there is no best setting.")
         summary = {
             "algorithm": self.setup.algorithm,
             "environment": self.setup.env.name,

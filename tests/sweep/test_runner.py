@@ -1,5 +1,6 @@
 """A sweep from Python and from the command: its table, its files, its errors, and going on after a kill."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -165,6 +166,30 @@ def test_a_member_that_fails_is_frozen_and_flagged_and_no_other_changes(referenc
     np.testing.assert_array_equal(np.stack(list(states.values())), reference.states.params["w"])
     assert np.isfinite(np.asarray(bad.states.params["w"])).all()
     assert bad.summary["frozen"] == 6
+    # evaluated as they were before, they would count as healthy ones
+    returns = [table.columns[name] for name in ("episode_return_mean", "num_episodes")]
+    assert all([value is None for value in column] == failing for column in returns)
+    assert np.isnan(table.final_returns).tolist() == failing
+    assert np.isnan(table.columns["train_return"])[failing].all()
+    assert bad.summary["best"]["hparams"]["nan_at"] == -1.0
+    assert tables.read(bad.out).columns["episode_return_mean"] == table.columns["episode_return_mean"]
+
+
+def test_where_all_members_are_frozen_there_is_no_best(capsys):
+    bad = run(grid={"nan_at": [0.0, 5.0]}, seeds=1, progress="lines")
+    assert bad.table.columns["status"] == ["frozen"] * 2
+    assert bad.summary["best"] is None
+    assert "all 2 members were frozen: there is no best setting" in capsys.readouterr().out
+    assert bad.table.num_scored == 0
+
+
+def test_halving_does_not_go_on_with_a_frozen_setting():
+    hparams = sweep.grid(fake.HParams(), learning_rate=[0.1, 0.2, 0.3, 0.4])
+    hparams = dataclasses.replace(hparams, nan_at=jnp.array([-1.0, -1.0, -1.0, 25.0]))  # the best, until then
+    changes = {"hparams": hparams, "grid": None, "seeds": 1, "halving": sweep.Halving(2.0, 2)}
+    arguments = {"env": ENV, "env_steps": STEPS, "eval_episodes": 2, "progress": "none", "figures": False}
+    table = sweep.execute(Ranked, devices=jax.devices()[:1], **arguments | changes).table
+    assert table.columns["status"] == ["stopped", "ok", "ok", "frozen"]
 
 
 def test_parameters_that_are_not_finite_are_seen_too():
