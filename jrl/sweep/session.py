@@ -63,6 +63,10 @@ class Session:
 
     def compile(self) -> None:
         """Plan the memory and compile the training."""
+        chunk = self.record["chunk"]
+        if chunk is None:
+            # Of one that goes on, what fitted when it began: where members are follows from it.
+            chunk = storing.held_before(self.folder)
         self.plan_, self.layout, self.train_chunk = planning.compile_for(
             self.setup,
             self.num,
@@ -70,7 +74,7 @@ class Session:
             self.record["chunk_length"],
             width=self.width,
             devices=self.devices,
-            chunk=self.record["chunk"],
+            chunk=chunk,
             moving=bool(self.record.get("halving") or self.record.get("pbt")),
         )
         self.init: Callable[..., Any] | None = None  # compiled where members start

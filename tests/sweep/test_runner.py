@@ -442,6 +442,30 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):
     assert bits(resumed) == bits(run())
 
 
+def test_a_sweep_in_chunks_goes_on_in_them_however_much_memory_is_free(tmp_path, monkeypatch):
+    out, save, limit = tmp_path / "sweep", checkpoint.save, [10**9]
+    monkeypatch.setattr("jrl.sweep.planning.available_bytes", lambda devices: limit[0])
+    whole = run()
+    limit[0] = whole.plan.bytes_total - 100
+
+    def failing(*args, **kwargs):
+        save(*args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    with pytest.raises(RunError, match="No space left on device"):
+        run(out)
+    monkeypatch.setattr(checkpoint, "save", save)
+    limit[0] = 10**9
+    with pytest.raises(RunError, match=r"has held 3 members at once, not 2, .*leave out --chunk"):
+        run(out, resume=True, chunk=2)
+    resumed = sweep.resume(
+        out, algorithm=fake, env=ENV, devices=jax.devices()[:1], progress="none", figures=False
+    )
+    assert (whole.plan.num_chunks, resumed.plan.num_chunks, resumed.plan.chunk) == (1, 2, 3)
+    assert bits(resumed) == bits(whole)
+
+
 def test_memory_is_planned_and_bounds_the_members_held(monkeypatch):
     single = sweep.plan(
         fake, env=ENV, env_steps=STEPS, measure=False, devices=jax.devices()[:1], config={"sizes": (4096,)}
