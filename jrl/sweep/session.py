@@ -47,7 +47,7 @@ class Session:
         algo = setup.algo._replace(init=jax.jit(setup.algo.init), step=jax.jit(setup.algo.step))
         self.setup = dataclasses.replace(setup, algo=algo)
         self.who, self.record, self.folder = who, record, folder
-        self.devices = jax.devices() if devices is None else list(devices)
+        self.devices = planning.choose_devices(devices)
         self.width = planning.choose_width(record["width"], self.devices)
         self.show = progress.choose(progress_kind if processes.is_first() else "none")
         self.figures = figures

@@ -383,7 +383,12 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
         ({"seeds": [1, 1]}, "must be different whole numbers"),
         ({"env_steps": 0}, "env_steps=0: must be a whole number of at least 1"),
         ({"width": 0}, "width=0"),
+        ({"width": True}, "width=True"),
         ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 2.5}, "chunk=2.5: must be a whole number of at least 1"),
+        ({"devices": []}, r"devices=\[\]: a sweep needs at least one device"),
+        ({"checkpoint_seconds": -5}, "checkpoint_seconds=-5: must be finite and at least 0"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds=nan: must be finite"),
         ({"env": None}, "env=None: a sweep needs the environment"),
         ({"config": {"warmup": 1000}}, "the warm-up alone takes 1000"),
         (
@@ -407,6 +412,11 @@ def test_what_a_sweep_refuses(changes, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         run(out, **changes)
     assert not (out / "sweep.json").exists()  # free for the corrected command
+
+
+def test_a_search_is_an_object():
+    with pytest.raises(TypeError, match=r"halving=True: expected a jrl.sweep.Halving"):
+        run(halving=True)
 
 
 def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
@@ -506,6 +516,8 @@ def test_a_plan_predicts_without_running():
     plan = sweep.plan(fake, env=ENV, env_steps=STEPS, seeds=5, devices=jax.devices()[:2])
     assert (plan.members, plan.devices, plan.num_chunks, plan.env_steps) == (5, 2, 1, 5 * STEPS)
     assert plan.seconds > 0
+    with pytest.raises(RunError, match="env_steps=0: must be a whole number of at least 1"):
+        sweep.plan(fake, env=ENV, env_steps=0)
     for words in ("5 on 2 devices", "1 of 5 members", "may be used", "predicted"):
         assert words in str(plan)
 
@@ -612,6 +624,44 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
     assert groups.locate(out, 7) == (inner, 1)
 
 
+def grouped(out, static_grid, **changes):
+    arguments = {"seeds": 1, "env_steps": 80, "eval_episodes": 2, "env": ENV, "progress": "none", "out": out}
+    arguments |= {"devices": jax.devices()[:1], "figures": False}
+    return groups.execute(fake, static_grid=static_grid, **arguments | changes)[1]
+
+
+def test_groups_are_checked_before_one_is_trained_and_leave_the_folder_free(tmp_path):
+    out = tmp_path / "groups"
+    for values, text in (
+        ([2, -1], "num_envs=-1: must be at least 1"),
+        ([2, 2], "'num_envs': 2} would share the folder num_envs=2"),
+        ([2, 2.0], "makes the same Config as {'num_envs': 2}"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            grouped(out, {"num_envs": values})
+        assert not out.exists()
+    with pytest.raises(RunError, match="the warm-up alone takes 1000"):  # known only once it is compiled
+        grouped(out, {"num_envs": [2]}, config={"warmup": 1000})
+    assert {path.name for path in out.iterdir()} <= {".lock"}
+    assert grouped(out, {"num_envs": [2]}).columns["num_envs"] == [2]
+
+
+def test_groups_replace_what_the_folder_holds(tmp_path):
+    out = tmp_path / "groups"
+    jrl.run(fake, ENV, env_steps=80, eval_episodes=2, out=out, progress="none")
+    grouped(out, {"num_envs": [1]}, overwrite=True)
+    assert {path.name for path in out.iterdir()} <= {
+        *(".lock", "groups.json", "table.csv", "num_envs=1"),
+    }
+    with records.locked(out), pytest.raises(RunError, match="in use by another process"):
+        grouped(out, {"num_envs": [2]}, overwrite=True)
+    with pytest.raises(RunError, match="the warm-up alone"):
+        grouped(out, {"num_envs": [2]}, overwrite=True, config={"warmup": 1000})
+    assert not (out / "table.csv").exists()  # of the sweeps that were replaced
+    assert not (out / "num_envs=1").exists()
+    assert grouped(out, {"num_envs": [2]}).columns["num_envs"] == [2]
+
+
 @pytest.mark.usefixtures("_environment")
 @pytest.mark.parametrize(
     ("flags", "text"),
@@ -628,6 +678,8 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--pbt"], "--pbt: no hyperparameter to change"),
         (["--pbt", "--explore", "learning_rate=1:0"], "low must be below high"),
         (["--devices", "99"], "--devices 99: there are"),
+        (["--devices", "-1"], "--devices -1: there are"),
+        (["--process-id", "1"], "--coordinator, --num-processes and --process-id are of several processes; add --dist"),
         (["--side-by-side", "x"], "--side-by-side x: expected a number, all or auto"),
     ],
 )  # fmt: skip
