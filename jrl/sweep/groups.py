@@ -51,13 +51,13 @@ def combinations(algorithm: Any, static_grid: Mapping[str, Sequence[Any]]) -> li
     choices = itertools.product(*([_hashable(value) for value in values] for values in static_grid.values()))
     found: dict[str, dict[str, Any]] = {}
     for choice in choices:
-        fields = dict(zip(static_grid, choice, strict=True))
-        if (name := _name(fields)) in found:
+        chosen = dict(zip(static_grid, choice, strict=True))
+        if (name := _name(chosen)) in found:
             raise RunError(
-                f"--static-grid: {fields} and {found[name]} would share the folder {name}, as the same choice given "
+                f"--static-grid: {chosen} and {found[name]} would share the folder {name}, as the same choice given "
                 "twice does. Every choice is a sweep of its own; leave one out."
             )
-        found[name] = fields
+        found[name] = chosen
     return list(found.values())
 
 

@@ -44,12 +44,13 @@ class Halving:
             raise ValueError(
                 f"halving(eta={self.eta}): must be above 1, the factor by which settings get fewer."
             )
-        if self.num_rungs is not None and self.num_rungs < 2:
-            raise ValueError(f"halving(num_rungs={self.num_rungs}): needs at least 2, or it stops nothing.")
-
-        if isinstance(self.min_env_steps, bool) or self.min_env_steps < 0:
+        if self.num_rungs is not None and not (members.is_whole(self.num_rungs) and self.num_rungs >= 2):
             raise ValueError(
-                f"halving(min_env_steps={self.min_env_steps}): must be 0 or more environment steps."
+                f"halving(num_rungs={self.num_rungs}): needs at least 2, a whole number, or it stops nothing."
+            )
+        if not members.is_whole(self.min_env_steps) or self.min_env_steps < 0:
+            raise ValueError(
+                f"halving(min_env_steps={self.min_env_steps}): must be 0 or more environment steps, a whole number."
             )
 
     def rungs(self, num_settings: int, num_steps: int, env_steps_per_step: int = 1) -> list[tuple[int, int]]:
@@ -96,8 +97,10 @@ class PBT:
                 raise ValueError(
                     f"pbt(explore {name}: low={low:g}, high={high:g}): low must be below high, and both finite."
                 )
-        if self.interval < 1:
-            raise ValueError(f"pbt(interval={self.interval}): must be at least one environment step.")
+        if not members.is_whole(self.interval) or self.interval < 1:
+            raise ValueError(
+                f"pbt(interval={self.interval}): must be at least one environment step, a whole number."
+            )
         _check_round("pbt", self.share, self.factor)
 
     def rounds(self, chunk: int, num_steps: int, env_steps_per_step: int) -> range:
