@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import uuid
 import warnings
@@ -467,8 +468,8 @@ def check_numbers(**values: Any) -> None:
             raise TypeError(f"{name}={value!r}: expected a number.")
         if name != "checkpoint_seconds" and not isinstance(value, int):
             raise TypeError(f"{name}={value!r}: expected an integer.")
-        if name == "checkpoint_seconds" and value <= 0:
-            raise ValueError(f"{name}={value}: must be positive, or None to save by steps only.")
+        if name == "checkpoint_seconds" and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: must be finite and at least 0, or None to save by steps only.")
         if name != "checkpoint_seconds" and value < lowest.get(name, 1):
             raise ValueError(f"{name}={value}: must be at least {lowest.get(name, 1)}.")
         if name == "seed" and value >= 2**32:

@@ -37,7 +37,8 @@ class Saver:
         self._setup, self._record = setup, record
         self._held: tuple[checkpoint.Snapshot, int, dict[str, Any]] | None = None
         self._saved_step = step
-        self._next_time = time.perf_counter() + (record["checkpoint_seconds"] or float("inf"))
+        self._pause = float("inf") if record["checkpoint_seconds"] is None else record["checkpoint_seconds"]
+        self._next_time = time.perf_counter() + self._pause
         self.last_env_steps = env_steps if step else None
 
     def due(self, env_steps: int, chunk_env_steps: int) -> bool:
@@ -68,8 +69,7 @@ class Saver:
         checkpoint.save(self._folder, held, step, metadata=metadata, keep=self._record["keep"])
         took = time.perf_counter() - began
         self._held, self._saved_step, self.last_env_steps = None, step, metadata["env_steps"]
-        pause = max(self._record["checkpoint_seconds"] or float("inf"), _SAVING_SHARE * took)
-        self._next_time = time.perf_counter() + pause
+        self._next_time = time.perf_counter() + max(self._pause, _SAVING_SHARE * took)
 
 
 def check_finite(

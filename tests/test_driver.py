@@ -135,7 +135,7 @@ def test_nothing_is_compiled_twice():
 def test_checkpoints_are_written_on_the_way_and_the_newest_kept(tmp_path):
     run(tmp_path / "run", checkpoint_every=160, checkpoint_seconds=None, keep=2)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [80, 100]
-    run(tmp_path / "timed", checkpoint_seconds=1e-9, keep=100)
+    run(tmp_path / "timed", checkpoint_seconds=0, keep=100)
     assert len(checkpoint.steps(tmp_path / "timed" / "checkpoints")) > 1
 
 
@@ -457,7 +457,16 @@ def test_a_folder_in_use_is_refused(tmp_path):
         ({"seed": 2**32}, ValueError, r"seed=4294967296: must be below 2\*\*32"),
         ({"keep": 0}, ValueError, r"keep=0: must be at least 1"),
         ({"checkpoint_every": 0}, ValueError, r"checkpoint_every=0: must be at least 1"),
-        ({"checkpoint_seconds": 0}, ValueError, r"checkpoint_seconds=0: must be positive, or None"),
+        (
+            {"checkpoint_seconds": -1},
+            ValueError,
+            r"checkpoint_seconds=-1: must be finite and at least 0, or None",
+        ),
+        (
+            {"checkpoint_seconds": math.nan},
+            ValueError,
+            r"checkpoint_seconds=nan: must be finite and at least",
+        ),
         ({"config": {"num_env": 3}}, ValueError, r"config has no field 'num_env'\. Nearest: num_envs\. "),
         ({"config": {"num_envs": 0}}, ValueError, r"num_envs=0: must be at least 1\."),
         ({"config": 3}, TypeError, r"config=3: expected a Config, a mapping"),

@@ -97,6 +97,7 @@ def train(
         ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse.
     """
     driver.check_numbers(tokens=options.tokens, seed=options.seed, keep=options.keep)
+    driver.check_numbers(checkpoint_seconds=options.checkpoint_seconds)
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
     teacher = None if start is None or kind == "pretrain" else start.config

@@ -17,6 +17,9 @@ from jrl.sweep import members
 from jrl.sweep.search import PBT, Halving
 from jrl.sweep.spaces import Space
 
+MOST_MEMBERS = 1 << 24
+"""Of a sweep: a table of more would not fit into memory, whatever its members take."""
+
 
 class Members(NamedTuple):
     """Who takes part: leaves ``[M, ...]`` on the host.
@@ -69,14 +72,36 @@ def choose_members(
             setup.hparams,
         )  # fmt: skip
         swept = tuple(members.varying(settings))
-    numbers = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int64)
-    if numbers.ndim != 1 or not numbers.size:
-        raise RunError(f"seeds={seeds!r}: a sweep needs at least one seed.")
-    if (numbers < 0).any() or (numbers >= 2**32).any() or len(set(numbers.tolist())) < len(numbers):
-        raise RunError(f"seeds={seeds!r}: must be different whole numbers from 0 to 2**32 - 1.")
+    numbers = _seeds(seeds)
+    if (num_members := len(numbers) * members.size(settings)) > MOST_MEMBERS:
+        raise RunError(
+            f"{num_members:,} members: a sweep has at most {MOST_MEMBERS:,}; take fewer seeds or settings."
+        )
     setting = np.repeat(np.arange(members.size(settings)), len(numbers))
     hparams = jax.tree.map(lambda leaf: np.asarray(leaf)[setting], settings)
     return setup, Members(np.tile(numbers, members.size(settings)), setting, hparams, swept)
+
+
+def _seeds(seeds: Any) -> np.ndarray:
+    """Return the seeds, int64 ``[S]``."""
+    if isinstance(seeds, str) or not (members.is_whole(seeds) or np.ndim(seeds) == 1):
+        raise RunError(
+            f"seeds={seeds!r}: expected how many, or which ones: a whole number or a list of them."
+        )
+    if np.ndim(seeds) == 0:
+        if seeds < 1:
+            raise RunError(f"seeds={seeds}: a sweep needs at least one seed.")
+        if seeds > MOST_MEMBERS:
+            raise RunError(f"seeds={seeds}: a sweep has at most {MOST_MEMBERS:,} members; take fewer.")
+        return np.arange(seeds, dtype=np.int64)
+    numbers = seeds.tolist() if hasattr(seeds, "tolist") else list(seeds)
+    if not numbers:
+        raise RunError(f"seeds={seeds!r}: a sweep needs at least one seed.")
+    if not all(members.is_whole(seed) and 0 <= seed < 2**32 for seed in numbers) or len(set(numbers)) < len(
+        numbers
+    ):
+        raise RunError(f"seeds={seeds!r}: must be different whole numbers from 0 to 2**32 - 1.")
+    return np.asarray(numbers, np.int64)
 
 
 def _leading_length(hparams: Any) -> int | None:

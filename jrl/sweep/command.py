@@ -167,8 +167,13 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
 
     module = configuration.load(algorithm)
     options, env_kwargs, config, numbers = flags.parse(f"jrl {command} {algorithm}", Options, module, args)
+    joining = (options.coordinator, options.num_processes, options.process_id)
     if options.distributed:
-        processes.initialize(options.coordinator, options.num_processes, options.process_id)
+        processes.initialize(*joining)
+    elif any(value is not None for value in joining):
+        raise RunError(
+            "--coordinator, --num-processes and --process-id are of several processes; add --distributed."
+        )
     hparams = module.HParams(**numbers)
     if options.env_param:
         from jrl.envs import make
@@ -182,8 +187,8 @@ def _parse(command: str, algorithm: str, args: Sequence[str]) -> tuple[Options, 
     from jrl.sweep import spaces
 
     devices = jax.devices()
-    if options.devices > len(devices) and not options.distributed:
-        raise RunError(f"--devices {options.devices}: there are {len(devices)}.")
+    if options.devices < 0 or (options.devices > len(devices) and not options.distributed):
+        raise RunError(f"--devices {options.devices}: there are {len(devices)}; 0 is for all.")
     if not options.side_by_side.isdecimal() and options.side_by_side not in ("auto", "all"):
         raise RunError(f"--side-by-side {options.side_by_side}: expected a number, all or auto.")
     grid = {

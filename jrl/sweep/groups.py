@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ def combinations(algorithm: Any, static_grid: Mapping[str, Sequence[Any]]) -> li
     """Return every combination of fields of the algorithm's ``Config``.
 
     Raises:
-        RunError: there is no such field, or a field without values.
+        RunError: there is no such field, a field without values, or the same choice twice.
     """
     fields = [field.name for field in dataclasses.fields(configuration.load(algorithm).Config)]
     for name, values in static_grid.items():
@@ -47,7 +49,16 @@ def combinations(algorithm: Any, static_grid: Mapping[str, Sequence[Any]]) -> li
         if not values:
             raise RunError(f"--static-grid {name}: a grid needs one or more values for each name.")
     choices = itertools.product(*([_hashable(value) for value in values] for values in static_grid.values()))
-    return [dict(zip(static_grid, choice, strict=True)) for choice in choices]
+    found: dict[str, dict[str, Any]] = {}
+    for choice in choices:
+        chosen = dict(zip(static_grid, choice, strict=True))
+        if (name := _name(chosen)) in found:
+            raise RunError(
+                f"--static-grid: {chosen} and {found[name]} would share the folder {name}, as the same choice given "
+                "twice does. Every choice is a sweep of its own; leave one out."
+            )
+        found[name] = chosen
+    return list(found.values())
 
 
 def execute(
@@ -76,31 +87,41 @@ def execute(
     """
     choices = combinations(algorithm, static_grid)
     folder = None if out is None else Path(out)
-    if folder is not None and processes.is_first():
-        _claim(folder, choices, command, overwrite=overwrite, resume=resume)
     base = dict(config or {}) if isinstance(config, Mapping | None) else dataclasses.asdict(config)
-    found: list[Group] = []
-    for fields in choices:
-        finished = runner.execute(
-            algorithm,
-            hparams,
-            config={**base, **fields},
-            out=None if folder is None else folder / _name(fields),
-            overwrite=overwrite,
-            resume=resume,
-            figures=figures,
-            **settings,
-        )
-        found.append(Group(fields, finished))
-        if finished.interrupted:
-            break
-    table = merge([(group.fields, group.finished.table) for group in found])
-    if folder is not None and processes.is_first() and not found[-1].finished.interrupted:
-        table.to_csv(folder / records.TABLE)
-        if figures:
-            from jrl import sweep_plots
+    configs: list[Any] = []
+    for fields in choices:  # all of them before anything is written, let alone trained
+        setup, _, _ = runner.prepare(algorithm, hparams, config={**base, **fields}, **settings)
+        if setup.config in configs:
+            raise RunError(
+                f"--static-grid: {fields} makes the same Config as {choices[configs.index(setup.config)]}. Every "
+                "choice is a sweep of its own; leave one out."
+            )
+        configs.append(setup.config)
+    with ExitStack() as stack:
+        if folder is not None and processes.is_first():
+            _claim(folder, choices, command, stack, overwrite=overwrite, resume=resume)
+        found: list[Group] = []
+        for fields in choices:
+            finished = runner.execute(
+                algorithm,
+                hparams,
+                config={**base, **fields},
+                out=None if folder is None else folder / _name(fields),
+                overwrite=overwrite,
+                resume=resume,
+                figures=figures,
+                **settings,
+            )
+            found.append(Group(fields, finished))
+            if finished.interrupted:
+                break
+        table = merge([(group.fields, group.finished.table) for group in found])
+        if folder is not None and processes.is_first() and not found[-1].finished.interrupted:
+            table.to_csv(folder / records.TABLE)
+            if figures:
+                from jrl import sweep_plots
 
-            sweep_plots.figures(table, folder)
+                sweep_plots.figures(table, folder)
     return found, table
 
 
@@ -155,9 +176,18 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _claim(
-    folder: Path, choices: list[dict[str, Any]], command: Sequence[str], *, overwrite: bool, resume: bool
+    folder: Path,
+    choices: list[dict[str, Any]],
+    command: Sequence[str],
+    stack: ExitStack,
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> None:
-    """Write ``groups.json`` into a folder that is new, or is to be replaced; check that of one to go on with."""
+    """Write ``groups.json`` into a folder that is new, or is to be replaced; check that of one to go on with.
+
+    The folder is locked until the ``stack`` is left, and free again if nothing was trained until then.
+    """
     choices = records.plain(choices)
     if resume and (folder / records.GROUPS).exists():
         if (was := read(folder)["groups"]) != choices:
@@ -165,11 +195,42 @@ def _claim(
                 f"the sweeps in {folder} are of {was}, this command's of {choices}. They are continued as they were "
                 "started: use `jrl resume FOLDER`, or another --out for the new ones."
             )
+        stack.enter_context(records.locked(folder))
         return
     records.check_new(folder, overwrite)
     records.create(folder)
+    stack.enter_context(records.locked(folder))
+    _clear(folder, choices)
+    stack.callback(_free_if_empty, folder, choices)
     record = {"format": records.GROUPS_FORMAT, "groups": choices, "command": list(command)}
     records.write_json(folder / records.GROUPS, record)
+
+
+def _clear(folder: Path, choices: list[dict[str, Any]]) -> None:
+    """Delete the run, sweep or sweeps that ``folder`` holds; sweeps of the same choices are replaced in their turn."""
+    try:
+        old = read(folder)["groups"]
+    except RunError:  # a run, a sweep, or a file that says nothing
+        old = []
+    for inner in (folder / _name(fields) for fields in old if fields and fields not in choices):
+        if not (inner / records.SWEEP).exists():
+            continue
+        with records.locked(inner):
+            records.clear(inner)
+            for file in (inner / records.LOCK, *inner.glob("*.png")):
+                file.unlink(missing_ok=True)
+        if not any(inner.iterdir()):
+            inner.rmdir()
+    records.clear(folder)
+
+
+def _free_if_empty(folder: Path, choices: list[dict[str, Any]]) -> None:
+    """Leave no trace of sweeps of which none has begun, so that the corrected command may have the folder."""
+    for inner in (folder / _name(fields) for fields in choices):
+        if inner.is_dir() and {entry.name for entry in inner.iterdir()} <= {records.LOCK}:
+            shutil.rmtree(inner)
+    if {entry.name for entry in folder.iterdir()} <= {records.LOCK, records.GROUPS}:
+        (folder / records.GROUPS).unlink(missing_ok=True)
 
 
 def _name(fields: Mapping[str, Any]) -> str:

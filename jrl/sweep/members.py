@@ -31,11 +31,20 @@ def seeds(n: int, start: int = 0) -> Key:
     """Return the keys that ``jrl.run(seed=...)`` initialises with for seeds ``start … start + n - 1``, ``[n]``.
 
     Raises:
-        ValueError: ``n`` is below 1.
+        ValueError: ``n`` is no whole number of at least 1, or a seed is not from 0 to 2**32 - 1.
     """
+    if not (is_whole(n) and is_whole(start)):
+        raise ValueError(f"seeds({n!r}, start={start!r}): both must be whole numbers.")
     if n < 1:
         raise ValueError(f"seeds({n}): a sweep needs at least one seed.")
-    return jax.vmap(lambda seed: key_of(seed, INIT))(jnp.arange(start, start + n, dtype=jnp.uint32))
+    if start < 0 or start + n > 2**32:
+        raise ValueError(f"seeds({n}, start={start}): seeds are from 0 to 2**32 - 1.")
+    return jax.vmap(lambda seed: key_of(seed, INIT))(jnp.arange(n, dtype=jnp.uint32) + jnp.uint32(start))
+
+
+def is_whole(value: Any) -> bool:
+    """Tell whether a value is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def key_of(seed: Array, purpose: int) -> Key:
@@ -56,8 +65,8 @@ def grid(hparams: H, **values: Any) -> H:
         **values: name of a leaf -> one or more numbers.
 
     Raises:
-        ValueError: an unknown name (the message has the nearest), a static field, no values, or one that is
-            not a number.
+        ValueError: an unknown name (the message has the nearest), a static field, no values, the same one twice,
+            or one that is not a finite number of the leaf's kind.
     """
     leaves = _leaves(hparams)
     arrays = {name: _values(name, value, leaves, hparams) for name, value in values.items()}
@@ -82,11 +91,12 @@ def random(key: Key, hparams: H, n: int, **spaces: Space) -> H:
             :func:`~jrl.sweep.normal`, :func:`~jrl.sweep.choice`.
 
     Raises:
-        ValueError: ``n`` is below 1, or a name as in :func:`grid`.
+        ValueError: ``n`` is no whole number of at least 1, a name as in :func:`grid`, or a draw that the leaf
+            cannot hold.
         TypeError: something that is no distribution.
     """
-    if n < 1:
-        raise ValueError(f"random(n={n}): a sweep needs at least one member.")
+    if not is_whole(n) or n < 1:
+        raise ValueError(f"random(n={n!r}): a sweep needs at least one member.")
     leaves, columns = _leaves(hparams), {}
     for name, space in spaces.items():
         check_name(name, leaves, hparams)
@@ -98,7 +108,7 @@ def random(key: Key, hparams: H, n: int, **spaces: Space) -> H:
         drawn = space.sample(jax.random.fold_in(key, zlib.crc32(name.encode())), n)
         if jnp.issubdtype(leaves[name].dtype, jnp.integer):
             drawn = jnp.round(drawn)
-        columns[name] = np.asarray(drawn).astype(leaves[name].dtype)
+        columns[name] = _held(name, space, np.asarray(drawn), leaves[name].dtype)
     return _with_columns(hparams, columns, n)
 
 
@@ -197,7 +207,31 @@ def _values(name: str, value: Any, leaves: Mapping[str, np.ndarray], hparams: An
         raise ValueError(f"{name}={value!r}: nan is no value to sweep over.")
     if leaf.dtype.kind in "iub" and (array != np.floor(array)).any():
         raise ValueError(f"{name}={value!r}: must be whole numbers, as the default {leaf.item()!r} is.")
-    return array.astype(leaf.dtype)
+    held = _held(name, value, array, leaf.dtype)
+    known: dict[Any, float] = {}
+    for number, given in zip(held.tolist(), array.tolist(), strict=True):
+        if number in known:
+            raise ValueError(
+                f"{name}={value!r}: {given!r} and {known[number]!r} are the same {held.dtype.name}, and would count as "
+                "two settings. Leave one out; for more runs of a setting give more seeds."
+            )
+        known[number] = given
+    return held
+
+
+def _held(name: str, value: Any, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return an array as a leaf holds it; refuse what does not fit."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = array.astype(dtype)
+    if dtype.kind in "iub":
+        wrong, rule = held != array, "whole numbers that it can hold"
+    else:
+        wrong, rule = ~np.isfinite(held), "finite"
+    if wrong.any():
+        raise ValueError(
+            f"{name}={value!r}: {array[wrong][0]:g} is no {dtype.name}; the values must be {rule}."
+        )
+    return held
 
 
 def check_name(name: str, leaves: Mapping[str, np.ndarray], hparams: Any) -> None:

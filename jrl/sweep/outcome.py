@@ -32,7 +32,10 @@ class Finished:
 
 
 def table(sweep: Session) -> tables.Table:
-    """Return the table of all members."""
+    """Return the table of all members.
+
+    A frozen member has no final return: what it was before the number that is not finite is no result of its training.
+    """
     results, per_step = sweep.results, sweep.setup.algo.env_steps_per_step
     end = sweep.warmup + sweep.total * per_step
     ended = np.where(results.stopped_at >= 0, sweep.warmup + results.stopped_at * per_step, end)
@@ -44,7 +47,7 @@ def table(sweep: Session) -> tables.Table:
         + sweep.warmup
     )
     evaluation = {name: results.evaluation[name].astype(float) for name in program.Evaluation._fields[:4]}
-    evaluated = np.isfinite(evaluation["episode_return_mean"])
+    evaluated = np.isfinite(evaluation["episode_return_mean"]) & ~failed
     leaves = members.names(sweep.who.hparams)
     tail = max(1, rows // 10)
     columns: dict[str, list[Any]] = {
@@ -56,7 +59,7 @@ def table(sweep: Session) -> tables.Table:
             for name, values in evaluation.items()
         },
         "num_episodes": [sweep.record["eval_episodes"] if known else None for known in evaluated],
-        "train_return": mean_of_rows(results.history[-tail:]).tolist(),
+        "train_return": np.where(failed, np.nan, mean_of_rows(results.history[-tail:])).tolist(),
         "env_steps": np.where(failed, frozen_at, ended).tolist(),
         "status": [
             "frozen" if is_failed else "stopped" if stopped >= 0 else "ok"
@@ -73,14 +76,18 @@ def table(sweep: Session) -> tables.Table:
 
 
 def best_setting(sweep: Session) -> dict[str, Any] | None:
-    """Return the swept values with the highest interquartile mean over seeds of the final return."""
+    """Return the swept values with the highest interquartile mean over seeds of the final return.
+
+    Members without one, such as frozen ones, are left out, as in :func:`jrl.tables.best`; None where all are.
+    """
     final = table(sweep).final_returns
-    settings = sorted(set(sweep.who.settings))
-    scores = np.array([iqm(final[sweep.who.settings == setting]) for setting in settings])
-    if not np.isfinite(scores).any():
+    known = np.isfinite(final)
+    if not known.any():
         return None
+    settings = sorted(set(sweep.who.settings[known]))
+    scores = np.array([iqm(final[known & (sweep.who.settings == setting)]) for setting in settings])
     winner = settings[int(search_best(scores, 1)[0])]
     first = int(np.flatnonzero(sweep.who.settings == winner)[0])
     leaves = members.names(sweep.who.hparams)
     values = {name: exact(leaves[name])[first] for name in sweep.who.swept}
-    return {"hparams": values, "return_iqm": float(np.nanmax(scores))}
+    return {"hparams": values, "return_iqm": float(scores.max())}

@@ -141,6 +141,18 @@ class Layout:
         return self.place(jax.tree.map(lambda leaf: leaf[index], tree))
 
 
+def choose_devices(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+    """Return the devices to shard over, all for None.
+
+    Raises:
+        RunError: there are none.
+    """
+    chosen = jax.devices() if devices is None else list(devices)
+    if not chosen:
+        raise RunError("devices=[]: a sweep needs at least one device; leave it out (devices=None) for all.")
+    return chosen
+
+
 def choose_width(width: int | str | None, devices: Sequence[jax.Device]) -> int | None:
     """Return the members to compute side by side: 1 on a CPU, all of a device (None) on an accelerator.
 
@@ -151,7 +163,7 @@ def choose_width(width: int | str | None, devices: Sequence[jax.Device]) -> int 
         return 1 if devices[0].platform == "cpu" else None
     if width is None or width == "all":
         return None
-    if not isinstance(width, int) or width < 1:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise RunError(f"width={width!r}: expected a number of members of at least 1, 'all' or 'auto'.")
     return width
 

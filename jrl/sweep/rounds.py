@@ -47,7 +47,8 @@ def stop_the_worst(
 ) -> tuple[np.ndarray, Any]:
     """Keep the best ``kept`` settings; return the new order, survivors first, and the states in it."""
     rows = step // sweep.record["chunk_length"]
-    recent = sweep.results.history[rows // 2 : rows]
+    recent = sweep.results.history[rows // 2 : rows].copy()
+    recent[:, sweep.results.failed_at >= 0] = np.nan  # a frozen member's returns are no score
     alive = [
         s
         for s in dict.fromkeys(sweep.who.settings[order])

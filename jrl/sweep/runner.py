@@ -25,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checkpoint, configuration, doctor, records, tables
+from jrl import checkpoint, configuration, doctor, driver, records, tables
 from jrl.driver import RunResult, chunk_length
 from jrl.records import RunError
-from jrl.sweep import processes, program
+from jrl.sweep import planning, processes, program
 from jrl.sweep.choosing import (
+    Members,
     check_numbers,
     check_same,
     choose_members,
@@ -47,6 +48,11 @@ from jrl.sweep.search import PBT, Halving
 from jrl.sweep.session import Session
 from jrl.sweep.spaces import Space
 from jrl.sweep.storing import stacked
+
+_EXAMPLES = {
+    "halving": "jrl.sweep.Halving(eta=3)",
+    "pbt": "jrl.sweep.PBT({'learning_rate': (1e-4, 1e-2)}, 10_000)",
+}
 
 
 def run(
@@ -120,7 +126,7 @@ def execute(
 
     A member is computed as the same run alone would be: bit for bit on a CPU (``width=1``), to rounding where
     members are computed side by side. A member with a number that is not finite is set back to its state before
-    that chunk of training and left so; the others' results do not change by a bit.
+    that chunk of training and left so: it has no final return. The others' results do not change by a bit.
 
     Args:
         algorithm: ``"ppo"``, a module with ``make``, ``Config`` and ``HParams``, or an
@@ -156,30 +162,27 @@ def execute(
             into memory.
         ValueError, TypeError: an unknown or static hyperparameter, an empty grid, a number out of range.
     """
-    setup, who = choose_members(
-        algorithm, hparams, env, config, env_kwargs, seeds, grid, random, num_random, search_seed, prng
+    setup, who, record = prepare(
+        algorithm,
+        hparams,
+        env_steps=env_steps,
+        seeds=seeds,
+        env=env,
+        config=config,
+        env_kwargs=env_kwargs,
+        prng=prng,
+        grid=grid,
+        random=random,
+        num_random=num_random,
+        search_seed=search_seed,
+        halving=halving,
+        pbt=pbt,
+        eval_episodes=eval_episodes,
+        devices=devices,
+        width=width,
+        chunk=chunk,
+        checkpoint_seconds=checkpoint_seconds,
     )
-    check_numbers(env_steps=env_steps, eval_episodes=eval_episodes)
-    if pbt is not None:
-        who = population(who, setup, pbt, halving)
-    record = {
-        "format": records.SWEEP_FORMAT,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **configuration.to_json(setup),
-        "seeds": who.seeds.tolist(),
-        "settings": who.settings.tolist(),
-        "swept": {name: configuration._shortest(np.asarray(leaf)) for name, leaf in columns(who).items()},
-        "env_steps": env_steps,
-        "eval_episodes": eval_episodes,
-        "halving": None if halving is None else dataclasses.asdict(halving),
-        "pbt": None if pbt is None else records.plain(dataclasses.asdict(pbt)),
-        "width": width,
-        "chunk": chunk,
-        "checkpoint_seconds": checkpoint_seconds,
-        "chunk_length": chunk_length(env_steps, setup.algo.env_steps_per_step),
-        "versions": doctor.versions(),
-        "device": doctor.device(),
-    }
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
         going_on = False
@@ -204,6 +207,68 @@ def execute(
             if first and folder and not going_on and not (folder / records.METRICS).exists():
                 (folder / records.SWEEP).unlink(missing_ok=True)
             raise
+
+
+def prepare(
+    algorithm: Any,
+    hparams: Any = None,
+    *,
+    env_steps: int,
+    seeds: int | Sequence[int] = 1,
+    env: Any = None,
+    config: Any = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    prng: str = "threefry",
+    grid: Mapping[str, Any] | None = None,
+    random: Mapping[str, Space] | None = None,
+    num_random: int = 0,
+    search_seed: int = 0,
+    halving: Halving | None = None,
+    pbt: PBT | None = None,
+    eval_episodes: int = 100,
+    devices: Sequence[jax.Device] | None = None,
+    width: int | str | None = "auto",
+    chunk: int | None = None,
+    checkpoint_seconds: float | None = 60.0,
+    **_: Any,
+) -> tuple[configuration.Setup, Members, dict[str, Any]]:
+    """Return what is trained, who takes part and what ``sweep.json`` says of them; nothing is computed or written.
+
+    Takes what :func:`execute` takes, and raises what it raises for the arguments themselves.
+    """
+    setup, who = choose_members(
+        algorithm, hparams, env, config, env_kwargs, seeds, grid, random, num_random, search_seed, prng
+    )
+    check_numbers(env_steps=env_steps, eval_episodes=eval_episodes)
+    check_numbers(**({} if chunk is None else {"chunk": chunk}))
+    driver.check_numbers(checkpoint_seconds=checkpoint_seconds)
+    for name, search, kind in (("halving", halving, Halving), ("pbt", pbt, PBT)):
+        if not isinstance(search, kind | None):
+            raise TypeError(
+                f"{name}={search!r}: expected a jrl.sweep.{kind.__name__}, for example {_EXAMPLES[name]}."
+            )
+    planning.choose_width(width, planning.choose_devices(devices))
+    if pbt is not None:
+        who = population(who, setup, pbt, halving)
+    record = {
+        "format": records.SWEEP_FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **configuration.to_json(setup),
+        "seeds": who.seeds.tolist(),
+        "settings": who.settings.tolist(),
+        "swept": {name: configuration._shortest(np.asarray(leaf)) for name, leaf in columns(who).items()},
+        "env_steps": env_steps,
+        "eval_episodes": eval_episodes,
+        "halving": None if halving is None else records.plain(dataclasses.asdict(halving)),
+        "pbt": None if pbt is None else records.plain(dataclasses.asdict(pbt)),
+        "width": width,
+        "chunk": chunk,
+        "checkpoint_seconds": checkpoint_seconds,
+        "chunk_length": chunk_length(env_steps, setup.algo.env_steps_per_step),
+        "versions": doctor.versions(),
+        "device": doctor.device(),
+    }
+    return setup, who, record
 
 
 def resume(
@@ -241,7 +306,7 @@ def load(path: str | os.PathLike, member: int, *, algorithm: Any = None, env: An
 
     ::
 
-        best = max(range(len(table)), key=lambda i: table.row(i)["episode_return_mean"])
+        best = int(np.nanargmax(table.final_returns))
         learned = jrl.sweep.load("runs/sweep", best)
         learned.algo.policy(learned.state)
 
@@ -286,18 +351,5 @@ def plan(algorithm: Any, hparams: Any = None, *, measure: bool = True, **setting
         algorithm, hparams, **settings: as in :func:`execute`.
         measure: train for a few steps to predict the time.
     """
-    names = ("env", "config", "env_kwargs", "seeds", "grid", "random", "num_random", "search_seed", "prng")
-    defaults = {"seeds": 1, "num_random": 0, "search_seed": 0, "prng": "threefry"}
-    chosen: Any = [settings.get(name, defaults.get(name)) for name in names]
-    setup, who = choose_members(algorithm, hparams, *chosen)
-    record = {
-        "env_steps": settings["env_steps"],
-        "eval_episodes": 0,
-        "width": settings.get("width", "auto"),
-        "chunk": settings.get("chunk"),
-        "checkpoint_seconds": None,
-        "halving": settings.get("halving"),
-        "pbt": settings.get("pbt"),
-        "chunk_length": chunk_length(settings["env_steps"], setup.algo.env_steps_per_step),
-    }
+    setup, who, record = prepare(algorithm, hparams, **settings)
     return Session(setup, who, record, None, settings.get("devices"), "none", False).plan(measure)

@@ -21,8 +21,8 @@ class Halving:
 
     After ``env_steps / eta**(num_rungs - r)`` environment steps of rung ``r = 1 … num_rungs - 1`` the best
     ``1 / eta`` of the settings go on; a setting's score is the interquartile mean over its seeds of the training
-    return since the last rung's middle. The best ones train for all of ``env_steps``. Which of equal ones go on is
-    drawn, not decided by their place in the grid.
+    return since the last rung's middle, and the worst of all where one of them was frozen. The best ones train for
+    all of ``env_steps``. Which of equal ones go on is drawn, not decided by their place in the grid.
 
     A rung compares what it sees: the returns of episodes that have *ended*. Before every environment of a member has
     ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``.
@@ -44,12 +44,13 @@ class Halving:
             raise ValueError(
                 f"halving(eta={self.eta}): must be above 1, the factor by which settings get fewer."
             )
-        if self.num_rungs is not None and self.num_rungs < 2:
-            raise ValueError(f"halving(num_rungs={self.num_rungs}): needs at least 2, or it stops nothing.")
-
-        if isinstance(self.min_env_steps, bool) or self.min_env_steps < 0:
+        if self.num_rungs is not None and not (members.is_whole(self.num_rungs) and self.num_rungs >= 2):
             raise ValueError(
-                f"halving(min_env_steps={self.min_env_steps}): must be 0 or more environment steps."
+                f"halving(num_rungs={self.num_rungs}): needs at least 2, a whole number, or it stops nothing."
+            )
+        if not members.is_whole(self.min_env_steps) or self.min_env_steps < 0:
+            raise ValueError(
+                f"halving(min_env_steps={self.min_env_steps}): must be 0 or more environment steps, a whole number."
             )
 
     def rungs(self, num_settings: int, num_steps: int, env_steps_per_step: int = 1) -> list[tuple[int, int]]:
@@ -96,8 +97,10 @@ class PBT:
                 raise ValueError(
                     f"pbt(explore {name}: low={low:g}, high={high:g}): low must be below high, and both finite."
                 )
-        if self.interval < 1:
-            raise ValueError(f"pbt(interval={self.interval}): must be at least one environment step.")
+        if not members.is_whole(self.interval) or self.interval < 1:
+            raise ValueError(
+                f"pbt(interval={self.interval}): must be at least one environment step, a whole number."
+            )
         _check_round("pbt", self.share, self.factor)
 
     def rounds(self, chunk: int, num_steps: int, env_steps_per_step: int) -> range:

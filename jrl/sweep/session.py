@@ -47,7 +47,7 @@ class Session:
         algo = setup.algo._replace(init=jax.jit(setup.algo.init), step=jax.jit(setup.algo.step))
         self.setup = dataclasses.replace(setup, algo=algo)
         self.who, self.record, self.folder = who, record, folder
-        self.devices = jax.devices() if devices is None else list(devices)
+        self.devices = planning.choose_devices(devices)
         self.width = planning.choose_width(record["width"], self.devices)
         self.show = progress.choose(progress_kind if processes.is_first() else "none")
         self.figures = figures
@@ -63,6 +63,10 @@ class Session:
 
     def compile(self) -> None:
         """Plan the memory and compile the training."""
+        chunk = self.record["chunk"]
+        if chunk is None:
+            # Of one that goes on, what fitted when it began: where members are follows from it.
+            chunk = storing.held_before(self.folder)
         self.plan_, self.layout, self.train_chunk = planning.compile_for(
             self.setup,
             self.num,
@@ -70,7 +74,7 @@ class Session:
             self.record["chunk_length"],
             width=self.width,
             devices=self.devices,
-            chunk=self.record["chunk"],
+            chunk=chunk,
             moving=bool(self.record.get("halving") or self.record.get("pbt")),
         )
         self.init: Callable[..., Any] | None = None  # compiled where members start
@@ -158,6 +162,8 @@ class Session:
         complete = not stop.requested or bool(self.ended.all())
         seconds = self.seconds
         best = None if not complete else outcome.best_setting(self)
+        if complete and (self.results.failed_at >= 0).all():
+            self.show.message(f"all {self.num} members were frozen: there is no best setting.")
         summary = {
             "algorithm": self.setup.algorithm,
             "environment": self.setup.env.name,

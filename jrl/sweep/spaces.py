@@ -80,6 +80,9 @@ class Choice:
         object.__setattr__(self, "values", tuple(self.values))
         if not self.values:
             raise ValueError("choice(): no values to choose from; give at least one.")
+        for value in self.values:
+            if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+                raise ValueError(f"choice({value!r}): a value to choose must be a finite number.")
 
     def sample(self, key: Key, n: int) -> Array:
         """Draw ``n`` values, ``[n]``."""
@@ -117,7 +120,7 @@ def choice(*values: float) -> Choice:
     """Return the uniform distribution over some values.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one is no finite number.
     """
     return Choice(values)
 

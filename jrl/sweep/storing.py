@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -77,6 +78,19 @@ def save(sweep: Session, chunk: int, step: int, order: np.ndarray, states: Any) 
     )
 
 
+def held_before(folder: Path | None) -> int | None:
+    """Return how many members at once the sweep in a folder has held; None where it has no intact checkpoint."""
+    if folder is None:
+        return None
+    checkpoints = folder / records.CHECKPOINTS
+    for number in reversed(checkpoint.steps(checkpoints)):
+        try:
+            return int(checkpoint.metadata(checkpoints, number)["held"])
+        except CorruptCheckpointError:  # all are of the same sweep
+            continue
+    return None
+
+
 def restore(sweep: Session) -> Position | None:
     """Return where the newest intact checkpoint left off; None where there is none."""
     if sweep.folder is None:
@@ -116,8 +130,8 @@ def restore(sweep: Session) -> Position | None:
     sweep.seconds, sweep.env_steps_done = held["seconds"], held["env_steps"]
     if held["held"] != sweep.plan_.chunk:
         raise RunError(
-            f"the sweep held {held['held']} members at once, and now {sweep.plan_.chunk} would fit: continue it "
-            f"with --chunk {held['held']} (chunk={held['held']})."
+            f"the sweep has held {held['held']} members at once, not {sweep.plan_.chunk}, and goes on so: leave out "
+            "--chunk (chunk)."
         )
     states = sweep.layout.spread(program.gather(content["states"], np.asarray(held["homes"])))
     return Position(held["chunk"], held["step"], order, states)

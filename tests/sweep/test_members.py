@@ -40,6 +40,10 @@ def test_a_grid_reaches_into_the_parameters_of_the_environment():
         ({"gamma": []}, r"gamma=\[\]: a grid needs one or more values"),
         ({"gamma": ["high"]}, r"gamma=\['high'\]: expected one or more numbers"),
         ({"gamma": [float("nan")]}, "nan is no value to sweep over"),
+        ({"gamma": [0.5, float("inf")]}, "inf is no float32; the values must be finite"),
+        ({"gamma": [1e50]}, r"gamma=\[1e\+50\]: 1e\+50 is no float32; the values must be finite"),
+        ({"gamma": [0.9, 0.1, 0.1]}, "0.1 and 0.1 are the same float32, and would count as two settings"),
+        ({"gamma": [0.1, 0.1 + 1e-12]}, "are the same float32"),
         ({"env.length": [1.0]}, r"hparams.env is None.*dataclasses.replace\(hparams, env=env.params\)"),
     ],
 )  # fmt: skip
@@ -52,6 +56,10 @@ def test_a_grid_of_whole_numbers_stays_whole():
     hparams = dataclasses.replace(HP, env={"limit": 7, "pair": np.zeros(2, np.float32)})
     with pytest.raises(ValueError, match="must be whole numbers, as the default 7 is"):
         sweep.grid(hparams, **{"env.limit": [7.5]})
+    with pytest.raises(ValueError, match=r"env.limit=.*: 1e\+12 is no int32; .* that it can hold"):
+        sweep.grid(hparams, **{"env.limit": [20, 1e12]})
+    with pytest.raises(ValueError, match="is no int32"):
+        sweep.random(jax.random.key(0), hparams, 2, **{"env.limit": sweep.uniform(1e11, 1e12)})
     with pytest.raises(ValueError, match=r"env.pair has shape \(2,\)"):
         sweep.grid(hparams, **{"env.pair": [1.0]})
 
@@ -84,11 +92,18 @@ def test_random_draws_follow_their_distributions_and_their_names():
         (lambda: sweep.loguniform(1.0, float("inf")), "both finite"),
         (lambda: sweep.normal(0.0, 0.0), "std above 0"),
         (lambda: sweep.choice(), "no values to choose from"),
+        (lambda: sweep.choice(0.1, float("nan")), r"choice\(nan\): a value to choose must be a finite number"),
+        (lambda: sweep.choice("a"), r"choice\('a'\)"),
         (lambda: sweep.parse("loguniform:1:2:3"), "loguniform takes 2 numbers.*got 3"),
         (lambda: sweep.parse("gauss:0:1"), "'gauss:0:1' is no distribution: .*uniform, loguniform, normal, choice"),
         (lambda: sweep.parse("uniform:a:b"), "expected numbers after uniform"),
         (lambda: sweep.random(jax.random.key(0), HP, 0, gamma=sweep.uniform(0, 1)), r"random\(n=0\)"),
+        (lambda: sweep.random(jax.random.key(0), HP, 2.5, gamma=sweep.uniform(0, 1)), r"random\(n=2.5\)"),
         (lambda: sweep.seeds(0), r"seeds\(0\): a sweep needs at least one seed"),
+        (lambda: sweep.seeds(2.5), r"seeds\(2.5, start=0\): both must be whole numbers"),
+        (lambda: sweep.seeds(True), "both must be whole numbers"),
+        (lambda: sweep.seeds(3, start=-1), r"start=-1\): seeds are from 0"),
+        (lambda: sweep.seeds(2, start=2**32 - 1), "seeds are from 0 to"),
     ],
 )  # fmt: skip
 def test_what_spaces_refuse(make, text):
@@ -111,6 +126,8 @@ def test_seeds_are_those_of_single_runs_and_all_different():
     for i in range(3):
         expected = jax.random.fold_in(jax.random.key(5 + i), 0)
         assert (jax.random.key_data(keys[i]) == jax.random.key_data(expected)).all()
+    last = jax.random.fold_in(jax.random.key(np.uint32(2**32 - 1)), 0)
+    assert (jax.random.key_data(sweep.seeds(1, start=2**32 - 1)[0]) == jax.random.key_data(last)).all()
     many = np.asarray(jax.random.key_data(sweep.seeds(512)))
     assert len({tuple(row) for row in many.tolist()}) == 512
 

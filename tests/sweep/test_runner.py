@@ -1,5 +1,6 @@
 """A sweep from Python and from the command: its table, its files, its errors, and going on after a kill."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -165,6 +166,30 @@ def test_a_member_that_fails_is_frozen_and_flagged_and_no_other_changes(referenc
     np.testing.assert_array_equal(np.stack(list(states.values())), reference.states.params["w"])
     assert np.isfinite(np.asarray(bad.states.params["w"])).all()
     assert bad.summary["frozen"] == 6
+    # evaluated as they were before, they would count as healthy ones
+    returns = [table.columns[name] for name in ("episode_return_mean", "num_episodes")]
+    assert all([value is None for value in column] == failing for column in returns)
+    assert np.isnan(table.final_returns).tolist() == failing
+    assert np.isnan(table.columns["train_return"])[failing].all()
+    assert bad.summary["best"]["hparams"]["nan_at"] == -1.0
+    assert tables.read(bad.out).columns["episode_return_mean"] == table.columns["episode_return_mean"]
+
+
+def test_where_all_members_are_frozen_there_is_no_best(capsys):
+    bad = run(grid={"nan_at": [0.0, 5.0]}, seeds=1, progress="lines")
+    assert bad.table.columns["status"] == ["frozen"] * 2
+    assert bad.summary["best"] is None
+    assert "all 2 members were frozen: there is no best setting" in capsys.readouterr().out
+    assert bad.table.num_scored == 0
+
+
+def test_halving_does_not_go_on_with_a_frozen_setting():
+    hparams = sweep.grid(fake.HParams(), learning_rate=[0.1, 0.2, 0.3, 0.4])
+    hparams = dataclasses.replace(hparams, nan_at=jnp.array([-1.0, -1.0, -1.0, 25.0]))  # the best, until then
+    changes = {"hparams": hparams, "grid": None, "seeds": 1, "halving": sweep.Halving(2.0, 2)}
+    arguments = {"env": ENV, "env_steps": STEPS, "eval_episodes": 2, "progress": "none", "figures": False}
+    table = sweep.execute(Ranked, devices=jax.devices()[:1], **arguments | changes).table
+    assert table.columns["status"] == ["stopped", "ok", "ok", "frozen"]
 
 
 def test_parameters_that_are_not_finite_are_seen_too():
@@ -356,9 +381,19 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
         ),
         ({"seeds": 0}, "a sweep needs at least one seed"),
         ({"seeds": [1, 1]}, "must be different whole numbers"),
+        ({"seeds": [0.5, 1.7]}, r"seeds=\[0.5, 1.7\]: must be different whole numbers"),
+        ({"seeds": True}, "seeds=True: expected how many, or which ones"),
+        ({"seeds": "3"}, "seeds='3': expected how many, or which ones"),
+        ({"seeds": 2**33}, "seeds=8589934592: a sweep has at most 16,777,216 members"),
+        ({"seeds": 2**24}, "33,554,432 members: a sweep has at most"),
         ({"env_steps": 0}, "env_steps=0: must be a whole number of at least 1"),
         ({"width": 0}, "width=0"),
+        ({"width": True}, "width=True"),
         ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 2.5}, "chunk=2.5: must be a whole number of at least 1"),
+        ({"devices": []}, r"devices=\[\]: a sweep needs at least one device"),
+        ({"checkpoint_seconds": -5}, "checkpoint_seconds=-5: must be finite and at least 0"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds=nan: must be finite"),
         ({"env": None}, "env=None: a sweep needs the environment"),
         ({"config": {"warmup": 1000}}, "the warm-up alone takes 1000"),
         (
@@ -382,6 +417,11 @@ def test_what_a_sweep_refuses(changes, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         run(out, **changes)
     assert not (out / "sweep.json").exists()  # free for the corrected command
+
+
+def test_a_search_is_an_object():
+    with pytest.raises(TypeError, match=r"halving=True: expected a jrl.sweep.Halving"):
+        run(halving=True)
 
 
 def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
@@ -415,6 +455,30 @@ def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):
         out, algorithm=fake, env=ENV, devices=jax.devices()[:1], progress="none", figures=False
     )
     assert bits(resumed) == bits(run())
+
+
+def test_a_sweep_in_chunks_goes_on_in_them_however_much_memory_is_free(tmp_path, monkeypatch):
+    out, save, limit = tmp_path / "sweep", checkpoint.save, [10**9]
+    monkeypatch.setattr("jrl.sweep.planning.available_bytes", lambda devices: limit[0])
+    whole = run()
+    limit[0] = whole.plan.bytes_total - 100
+
+    def failing(*args, **kwargs):
+        save(*args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    with pytest.raises(RunError, match="No space left on device"):
+        run(out)
+    monkeypatch.setattr(checkpoint, "save", save)
+    limit[0] = 10**9
+    with pytest.raises(RunError, match=r"has held 3 members at once, not 2, .*leave out --chunk"):
+        run(out, resume=True, chunk=2)
+    resumed = sweep.resume(
+        out, algorithm=fake, env=ENV, devices=jax.devices()[:1], progress="none", figures=False
+    )
+    assert (whole.plan.num_chunks, resumed.plan.num_chunks, resumed.plan.chunk) == (1, 2, 3)
+    assert bits(resumed) == bits(whole)
 
 
 def test_memory_is_planned_and_bounds_the_members_held(monkeypatch):
@@ -457,6 +521,8 @@ def test_a_plan_predicts_without_running():
     plan = sweep.plan(fake, env=ENV, env_steps=STEPS, seeds=5, devices=jax.devices()[:2])
     assert (plan.members, plan.devices, plan.num_chunks, plan.env_steps) == (5, 2, 1, 5 * STEPS)
     assert plan.seconds > 0
+    with pytest.raises(RunError, match="env_steps=0: must be a whole number of at least 1"):
+        sweep.plan(fake, env=ENV, env_steps=0)
     for words in ("5 on 2 devices", "1 of 5 members", "may be used", "predicted"):
         assert words in str(plan)
 
@@ -563,6 +629,44 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
     assert groups.locate(out, 7) == (inner, 1)
 
 
+def grouped(out, static_grid, **changes):
+    arguments = {"seeds": 1, "env_steps": 80, "eval_episodes": 2, "env": ENV, "progress": "none", "out": out}
+    arguments |= {"devices": jax.devices()[:1], "figures": False}
+    return groups.execute(fake, static_grid=static_grid, **arguments | changes)[1]
+
+
+def test_groups_are_checked_before_one_is_trained_and_leave_the_folder_free(tmp_path):
+    out = tmp_path / "groups"
+    for values, text in (
+        ([2, -1], "num_envs=-1: must be at least 1"),
+        ([2, 2], "'num_envs': 2} would share the folder num_envs=2"),
+        ([2, 2.0], "makes the same Config as {'num_envs': 2}"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            grouped(out, {"num_envs": values})
+        assert not out.exists()
+    with pytest.raises(RunError, match="the warm-up alone takes 1000"):  # known only once it is compiled
+        grouped(out, {"num_envs": [2]}, config={"warmup": 1000})
+    assert {path.name for path in out.iterdir()} <= {".lock"}
+    assert grouped(out, {"num_envs": [2]}).columns["num_envs"] == [2]
+
+
+def test_groups_replace_what_the_folder_holds(tmp_path):
+    out = tmp_path / "groups"
+    jrl.run(fake, ENV, env_steps=80, eval_episodes=2, out=out, progress="none")
+    grouped(out, {"num_envs": [1]}, overwrite=True)
+    assert {path.name for path in out.iterdir()} <= {
+        *(".lock", "groups.json", "table.csv", "num_envs=1"),
+    }
+    with records.locked(out), pytest.raises(RunError, match="in use by another process"):
+        grouped(out, {"num_envs": [2]}, overwrite=True)
+    with pytest.raises(RunError, match="the warm-up alone"):
+        grouped(out, {"num_envs": [2]}, overwrite=True, config={"warmup": 1000})
+    assert not (out / "table.csv").exists()  # of the sweeps that were replaced
+    assert not (out / "num_envs=1").exists()
+    assert grouped(out, {"num_envs": [2]}).columns["num_envs"] == [2]
+
+
 @pytest.mark.usefixtures("_environment")
 @pytest.mark.parametrize(
     ("flags", "text"),
@@ -579,6 +683,8 @@ def test_static_fields_are_swept_in_groups(capsys, tmp_path):
         (["--pbt"], "--pbt: no hyperparameter to change"),
         (["--pbt", "--explore", "learning_rate=1:0"], "low must be below high"),
         (["--devices", "99"], "--devices 99: there are"),
+        (["--devices", "-1"], "--devices -1: there are"),
+        (["--process-id", "1"], "--coordinator, --num-processes and --process-id are of several processes; add --dist"),
         (["--side-by-side", "x"], "--side-by-side x: expected a number, all or auto"),
     ],
 )  # fmt: skip

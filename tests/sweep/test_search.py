@@ -51,7 +51,9 @@ def test_rungs_before_the_first_step_that_may_stop_wait_for_it():
     [
         ({"eta": 1.0}, "eta=1.0"),
         ({"num_rungs": 1}, "num_rungs=1"),
+        ({"num_rungs": 2.5}, "num_rungs=2.5"),
         ({"min_env_steps": -1}, "min_env_steps=-1"),
+        ({"min_env_steps": 2.5}, "min_env_steps=2.5"),
     ],
 )
 def test_what_halving_refuses(changes, text):
@@ -122,6 +124,8 @@ def test_rounds_are_at_ends_of_chunks_of_training():
     ("changes", "text"),
     [
         ({"interval": 0}, "interval=0"),
+        ({"interval": 2.5}, "interval=2.5"),
+        ({"interval": float("nan")}, "interval=nan"),
         ({"explore": {}}, "names no hyperparameter"),
         ({"explore": {"gamma": (1, 0)}}, "gamma: low=1, high=0"),
         ({"share": 0.0}, "share=0.0"),
