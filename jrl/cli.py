@@ -14,9 +14,10 @@ import traceback
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from jrl import _ALGORITHMS, __version__, records, xla
+from jrl.progress import say, silence
 from jrl.records import RunWarning
 
 HELP = """\
@@ -81,13 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("always", RunWarning)
-            return COMMANDS[args[0]](args[1:])
+            code = COMMANDS[args[0]](args[1:])
+            sys.stdout.flush()  # here, where a reader that has gone is no error; not when Python ends
+            return code
     except KeyboardInterrupt:
         return _complain("aborted; checkpoints that were saved are intact.", code=130)
-    except BrokenPipeError:  # `jrl envs | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            return 0  # `jrl envs | head`: the reader has what it wanted. (Training goes on: see jrl.progress.say.)
         if debug:
             traceback.print_exc()
         return _complain(str(error) or repr(error), code=3 if isinstance(error, FloatingPointError) else 2)
@@ -127,16 +129,26 @@ def _is_sweep(path: Path) -> bool:
     return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
 
 
+def _has_no_reader(stream: TextIO) -> bool:
+    """Tell whether what a stream still holds can no longer be written, and drop it then."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        silence(stream)
+        return True
+    return False
+
+
 def _complain(text: str, code: int = 2) -> int:
-    sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    _has_no_reader(sys.stdout)  # what was printed before comes first
+    say(f"error: {text}", sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
         return
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}", sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- train

@@ -150,6 +150,42 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     assert "warning: checkpoint" in capsys.readouterr().err
 
 
+def start_without_a_reader(*args):
+    """Start the command with its standard output a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "jrl", *args]
+    try:
+        return subprocess.run(
+            command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=fake.environ()
+        )
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize("shown", ["lines", "bar"])
+def test_a_run_whose_output_nobody_reads_trains_to_its_end(shown, tmp_path):
+    args = ["--env-steps", "64", "--out", "run", *TINY, "--progress", shown]
+    done = start_without_a_reader(*TRAIN, *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert records.read_summary(tmp_path / "run")["evaluation"]["num_episodes"] == 2
+    assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 4
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def test_a_command_that_only_lists_ends_with_its_reader():
+    done = start_without_a_reader("algos")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def failing(args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", failing)
+    assert "Broken pipe" in fails(capsys, "train")
+
+
 def make_sweep(folder, *args, **kwargs):
     folder.mkdir(parents=True)
     make_table(*args, **kwargs).to_csv(folder / tables.TABLE)
