@@ -286,7 +286,7 @@ def read(folder: str | os.PathLike) -> Table:
             f"{folder} is a run without {records.SUMMARY}: it has not come to its end. Continue it with "
             f"`jrl resume {folder}`."
         )
-    rows = [row for row in records.read_metrics(folder) if row.get("env_steps") is not None]
+    rows = records.read_metrics(folder)
     steps = np.array([row["env_steps"] for row in rows], int)
     curve = np.array(
         [math.nan if row.get("episode_return") is None else row["episode_return"] for row in rows]

@@ -196,7 +196,8 @@ def finish(run, mean):
     """Give a run folder the summary of a finished run."""
     evaluation = {"episode_return_mean": mean, "episode_return_std": 0.0, "episode_return_min": mean}
     evaluation |= {"episode_return_max": mean, "num_episodes": 100}
-    records.write_json(run / "summary.json", {"env_steps": 500_000, "evaluation": evaluation})
+    summary = {"env_steps": 500_000, "interrupted": False, "evaluation": evaluation}
+    records.write_json(run / "summary.json", summary)
     return run
 
 
@@ -237,10 +238,12 @@ def test_compare_warns_of_returns_that_are_not_of_one_kind(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"warning: {sweep} has no final evaluation: its training return is compared" in error
     assert "warning: the folders are of different environments (CartPole-v1, Acrobot-v1)" in error
-    record = {"format": records.SWEEP_FORMAT, "environment": {"name": "Pendulum-v1"}}
+    record = {**records.read_run(runs[0]), "format": records.SWEEP_FORMAT}
+    record["environment"] = {"id": "Pendulum-v1", "name": "Pendulum-v1", "kwargs": {}}
+    record |= {"seeds": [0, 1], "settings": [0, 0], "swept": {}, "halving": None, "width": "auto"}
     records.write_json(sweep / records.SWEEP, record)
     outer = make_sweep(tmp_path / "outer")
-    records.write_json(outer / records.GROUPS, {"format": records.GROUPS_FORMAT})
+    records.write_json(outer / records.GROUPS, {"format": records.GROUPS_FORMAT, "groups": [], "command": []})
     (outer / "num_envs=1").mkdir()
     records.write_json(outer / "num_envs=1" / records.SWEEP, record)
     assert cli.main(["compare", str(outer), str(sweep)]) == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records
+from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records, tables
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -490,9 +490,47 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
         driver.resume(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"env_steps": 1}\n{"a"\n{"env_steps": 2}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         records.read_metrics(tmp_path)
+
+
+def test_what_a_file_of_the_folder_no_longer_says_is_named(tmp_path):
+    def wrong(file, text, message):
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text)
+        for read in (resume, tables.read):
+            with pytest.raises(RunError, match=message):
+                read(tmp_path)
+        (tmp_path / file).write_text(before)
+
+    run(tmp_path, env_steps=80)
+    damaged = ((tmp_path / records.RUN).read_text()).replace('"seed": 0', '"seed": "0"')
+    for text, message in (
+        ('{"a": 1}', r"summary\.json does not say env_steps: .* Delete it and resume the run"),
+        (
+            '{"env_steps": 80, "interrupted": "no"}',
+            r'summary\.json says interrupted = "no", which jrl does not',
+        ),
+        ("[]", r"summary\.json is not a JSON object: it holds \[\]"),
+        ("3", r"summary\.json is not a JSON object: it holds 3"),
+    ):
+        wrong("summary.json", text, message)
+    for text, message in (
+        (
+            '{"format": "jrl-run-1"}',
+            r"run\.json does not say algorithm\.name: .* Put it back as jrl wrote it",
+        ),
+        ('{"format": "jrl-run-1", "algorithm": 3}', r"run\.json does not say algorithm\.name"),
+        (damaged, r'run\.json says seed = "0", which jrl does not write'),
+    ):
+        wrong("run.json", text, message)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"env_steps": null}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 1 is not .* env_steps a number; found null"):
+        resume(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert resume(tmp_path).summary["env_steps"] == 80
 
 
 def test_a_run_longer_than_its_annealing_is_told():
