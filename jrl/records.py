@@ -14,6 +14,8 @@ Imports no jax, so that the command line can refuse a bad folder before anything
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
 import math
 import os
@@ -314,17 +316,38 @@ def create(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed).
 
+    Everything that jrl writes there, the sweeps of groups in its sub-folders included; no other file.
+
     Raises:
-        RunError: the folder cannot be written to.
+        RunError: the folder cannot be written to, or another process is training in a sub-folder.
     """
     try:
-        for name in (RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
+        # sub-folders of groups are called NAME=VALUE; another sweep in here is not of these
+        for inner in folder.glob(f"*=*/{SWEEP}") if (folder / GROUPS).exists() else ():
+            with locked(inner.parent):
+                clear(inner.parent)
+            if [entry.name for entry in inner.parent.iterdir()] == [LOCK]:
+                shutil.rmtree(inner.parent)
+        for name in (*_figures(folder), RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
     except OSError as error:
         raise RunError(_unwritable(folder, error.strerror or str(error))) from error
+
+
+def _figures(folder: Path) -> list[str]:
+    """Return what the figures of :mod:`jrl.sweep_plots` and ``jrl inspect`` of this folder are called."""
+    try:
+        with (folder / TABLE).open(encoding="utf-8", newline="") as stream:
+            columns = next(csv.reader(stream), [])
+    except (OSError, ValueError, csv.Error):  # without a table none of a swept value were drawn
+        columns = []
+    names = ["learning_curves", "performance_profile", "episode", "grid"]
+    names += [f"{kind}_{name}" for kind in ("sensitivity", "schedules") for name in columns]
+    names += [f"heat_map_{x}_{y}" for x, y in itertools.permutations(columns, 2)]
+    return [f"{name}.png" for name in names]
 
 
 def _unwritable(folder: Path, why: str) -> str:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep_tables import make_table
 
 import jrl
-from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records, tables
+from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records, sweep_plots, tables
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -479,6 +480,33 @@ def test_unknown_names_come_with_the_nearest():
         driver.run(fake, "CartPol-v1", env_steps=8)
     with pytest.raises(TypeError, match=r"has no make, Config, HParams\. Pass one of the names"):
         driver.run(3, ENV, env_steps=8)
+
+
+def test_overwriting_leaves_nothing_of_a_sweep_and_all_that_is_not_ours(tmp_path):
+    inner = tmp_path / "num_envs=2"
+    other = tmp_path / "mine=1"  # a sub-folder that holds no sweep
+    for folder in (inner, other):
+        folder.mkdir()
+    table = make_table({"learning_rate": [0.1, 0.2], "env.length": [1.0, 2.0]}, seeds=2)
+    for folder in (tmp_path, inner):
+        table.to_csv(folder / "table.csv")
+        assert len(sweep_plots.figures(table, folder)) == 5
+    for path in (tmp_path / "groups.json", inner / "sweep.json", inner / "metrics.jsonl", inner / ".lock"):
+        path.touch()
+    ours = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
+    assert len(ours) == 10
+    kept = ["notes.txt", "sensitivity_mine.png", "mine=1/notes.txt"]
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    run(tmp_path, env_steps=80, overwrite=True)
+    assert not [path for path in ours if (tmp_path / path).exists()]
+    assert [(tmp_path / name).read_text() for name in kept] == ["mine"] * 3
+    names = {"run.json", "metrics.jsonl", "checkpoints", "learning_curve.png", "summary.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {
+        "notes.txt",
+        "sensitivity_mine.png",
+        "mine=1",
+    }
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
