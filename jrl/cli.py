@@ -334,8 +334,8 @@ def evaluate(args: Sequence[str]) -> int:
         """
         from jrl import driver, progress
 
-        if episodes < 1:
-            raise ValueError(f"--episodes {episodes}: must be at least 1.")
+        if not 1 <= episodes < 2**31:
+            raise ValueError(f"--episodes {episodes}: must be at least 1 and below 2**31.")
         if _is_language_model(path):
             from jrl.language import runs
 
@@ -387,8 +387,8 @@ def inspect(args: Sequence[str]) -> int:
         """
         from jrl import inspection_plots
 
-        if steps < 1:
-            raise ValueError(f"--steps {steps}: must be at least 1.")
+        if not 1 <= steps < 2**31:
+            raise ValueError(f"--steps {steps}: must be at least 1 and below 2**31.")
         for file in inspection_plots.inspect(path, num_steps=steps, seed=seed, step=step):
             print(file)
         return 0
