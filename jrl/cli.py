@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -290,7 +291,8 @@ def resume(args: Sequence[str]) -> int:
             result = driver.resume(path, env_steps, progress=shown)
         if result.already_finished:
             steps, unit = result.summary["env_steps"], result.summary.get("unit", "env steps")
-            print(f"{path} is already finished: {steps:,} {unit}. Extend it: jrl resume {path} --env-steps N")
+            again = f"jrl resume {shlex.quote(str(path))} --env-steps N"
+            print(f"{path} is already finished: {steps:,} {unit}. Extend it: {again}")
         return 130 if result.interrupted else 0
 
     return _run("resume", command, args)
@@ -358,14 +360,20 @@ def plot(args: Sequence[str]) -> int:
 
         Args:
             paths: run folders.
-            out: file; by default learning_curve.png in the run folder, for several learning_curves.png here.
+            out: file, or folder for it; by default learning_curve.png in the run folder, for several runs
+                learning_curves.png here.
             title: above the axes.
         """
         from jrl import plots, records
 
         if not paths:
             raise ValueError("jrl plot needs at least one run folder: jrl plot runs/cartpole")
-        file = out or (paths[0] / records.CURVE if len(paths) == 1 else Path("learning_curves.png"))
+        default = paths[0] / records.CURVE if len(paths) == 1 else Path("learning_curves.png")
+        file = out or default
+        if file.is_dir():
+            file = file / default.name
+        elif not file.suffix:
+            file = file.with_name(f"{file.name}.png")
         plots.learning_curve(paths, out=file, title=title)
         print(file)
         return 0

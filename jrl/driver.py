@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import shlex
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -287,7 +288,7 @@ def load(
     if start is None:
         raise CheckpointError(
             f"run folder {folder} holds no checkpoint yet. One is written now and then in training and at "
-            f"its end; continue the run first: jrl resume {folder}"
+            f"its end; continue the run first: jrl resume {shlex.quote(str(folder))}"
         )
     summary = records.read_summary(folder) or {}
     interrupted = bool(summary.get("interrupted"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -212,11 +213,12 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
     )
     if out is not None:
         lines.append(f"run folder   {out}")
+        quoted = shlex.quote(str(out))  # to be pasted into a shell
         if summary["interrupted"]:
-            lines.append(f"interrupted  continue with: jrl resume {out}")
+            lines.append(f"interrupted  continue with: jrl resume {quoted}")
         else:
             more = "jrl generate {0}   jrl plot {0}" if unit == "tokens" else "jrl eval {0}   jrl plot {0}"
-            lines.append(f"more         {more.format(out)}   jrl resume {out} --env-steps N")
+            lines.append(f"more         {more.format(quoted)}   jrl resume {quoted} --env-steps N")
     return "\n".join(lines)
 
 

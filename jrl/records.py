@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,8 +274,8 @@ def check_new(folder: Path, overwrite: bool) -> None:
         if not overwrite:
             raise RunError(
                 f"run folder {folder} already holds a {kind}. A folder is used once, so that nothing saved is "
-                f"lost: continue it with `jrl resume {folder}`, choose another one with --out, or replace it "
-                "with --overwrite (overwrite=True)."
+                f"lost: continue it with `jrl resume {shlex.quote(str(folder))}`, choose another one with --out, or "
+                "replace it with --overwrite (overwrite=True)."
             )
     elif names:
         some = ", ".join(sorted(names)[:3])

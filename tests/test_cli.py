@@ -126,6 +126,11 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     assert cli.main(["plot", str(out), str(out), "--out", "both.svg"]) == 0
     assert (tmp_path / "both.svg").exists()
     capsys.readouterr()
+    assert cli.main(["plot", str(out), "--out", str(tmp_path)]) == 0
+    assert cli.main(["plot", str(out), "--out", "plain"]) == 0
+    for name in capsys.readouterr().out.split():  # a folder gets the file, a name its suffix
+        assert (tmp_path / name).is_file()
+    assert (tmp_path / "learning_curve.png").exists()
 
     assert cli.main(["resume", str(out)]) == 0
     assert "is already finished: 64 env steps. Extend it: jrl resume" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -14,7 +15,18 @@ import pytest
 from sweep_tables import make_table
 
 import jrl
-from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records, sweep_plots, tables
+from jrl import (
+    checkpoint,
+    configuration,
+    driver,
+    interrupt,
+    loop,
+    ops,
+    progress,
+    records,
+    sweep_plots,
+    tables,
+)
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -507,6 +519,19 @@ def test_overwriting_leaves_nothing_of_a_sweep_and_all_that_is_not_ours(tmp_path
         "sensitivity_mine.png",
         "mine=1",
     }
+
+
+def test_the_commands_that_are_named_can_be_pasted(tmp_path):
+    out = tmp_path / "a b $ü"
+    text = progress.report(run(out, env_steps=80).summary, out)
+    more = next(line for line in text.splitlines() if line.startswith("more"))
+    words = shlex.split(more)
+    assert [words[i + 2] for i, word in enumerate(words) if word == "jrl"] == [str(out)] * 3
+    text = progress.report({**records.read_summary(out), "interrupted": True}, out)
+    assert shlex.split(text.partition("continue with: ")[2]) == ["jrl", "resume", str(out)]
+    with pytest.raises(RunError) as raised:
+        run(out)
+    assert f"`jrl resume {shlex.quote(str(out))}`" in str(raised.value)
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
