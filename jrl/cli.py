@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from jrl import _ALGORITHMS, __version__, records, xla
+from jrl.progress import say, silence
 from jrl.records import RunWarning
 
 HELP = """\
@@ -81,13 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("always", RunWarning)
-            return COMMANDS[args[0]](args[1:])
+            code = COMMANDS[args[0]](args[1:])
+            sys.stdout.flush()  # here, where a reader that has gone is no error; not when Python ends
+            return code
     except KeyboardInterrupt:
         return _complain("aborted; checkpoints that were saved are intact.", code=130)
-    except BrokenPipeError:  # `jrl envs | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            return 0  # `jrl envs | head`: the reader has what it wanted. (Training goes on: see jrl.progress.say.)
         if debug:
             traceback.print_exc()
         return _complain(str(error) or repr(error), code=3 if isinstance(error, FloatingPointError) else 2)
@@ -127,16 +130,26 @@ def _is_sweep(path: Path) -> bool:
     return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
 
 
+def _has_no_reader(stream: TextIO) -> bool:
+    """Tell whether what a stream still holds can no longer be written, and drop it then."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        silence(stream)
+        return True
+    return False
+
+
 def _complain(text: str, code: int = 2) -> int:
-    sys.stdout.flush()
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    _has_no_reader(sys.stdout)  # what was printed before comes first
+    say(f"error: {text}", sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
         return
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}", sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- train
@@ -278,7 +291,8 @@ def resume(args: Sequence[str]) -> int:
             result = driver.resume(path, env_steps, progress=shown)
         if result.already_finished:
             steps, unit = result.summary["env_steps"], result.summary.get("unit", "env steps")
-            print(f"{path} is already finished: {steps:,} {unit}. Extend it: jrl resume {path} --env-steps N")
+            again = f"jrl resume {shlex.quote(str(path))} --env-steps N"
+            print(f"{path} is already finished: {steps:,} {unit}. Extend it: {again}")
         return 130 if result.interrupted else 0
 
     return _run("resume", command, args)
@@ -322,8 +336,8 @@ def evaluate(args: Sequence[str]) -> int:
         """
         from jrl import driver, progress
 
-        if episodes < 1:
-            raise ValueError(f"--episodes {episodes}: must be at least 1.")
+        if not 1 <= episodes < 2**31:
+            raise ValueError(f"--episodes {episodes}: must be at least 1 and below 2**31.")
         if _is_language_model(path):
             from jrl.language import runs
 
@@ -346,14 +360,20 @@ def plot(args: Sequence[str]) -> int:
 
         Args:
             paths: run folders.
-            out: file; by default learning_curve.png in the run folder, for several learning_curves.png here.
+            out: file, or folder for it; by default learning_curve.png in the run folder, for several runs
+                learning_curves.png here.
             title: above the axes.
         """
         from jrl import plots, records
 
         if not paths:
             raise ValueError("jrl plot needs at least one run folder: jrl plot runs/cartpole")
-        file = out or (paths[0] / records.CURVE if len(paths) == 1 else Path("learning_curves.png"))
+        default = paths[0] / records.CURVE if len(paths) == 1 else Path("learning_curves.png")
+        file = out or default
+        if file.is_dir():
+            file = file / default.name
+        elif not file.suffix:
+            file = file.with_name(f"{file.name}.png")
         plots.learning_curve(paths, out=file, title=title)
         print(file)
         return 0
@@ -375,8 +395,8 @@ def inspect(args: Sequence[str]) -> int:
         """
         from jrl import inspection_plots
 
-        if steps < 1:
-            raise ValueError(f"--steps {steps}: must be at least 1.")
+        if not 1 <= steps < 2**31:
+            raise ValueError(f"--steps {steps}: must be at least 1 and below 2**31.")
         for file in inspection_plots.inspect(path, num_steps=steps, seed=seed, step=step):
             print(file)
         return 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jrl import __version__, configuration, trial, xla
+from jrl import __version__, configuration, progress, trial, xla
 
 
 def versions() -> dict[str, str]:
@@ -116,10 +116,9 @@ def cpu_fallback(backend: str, environ: Mapping[str, str], root: Path = Path("/"
 
 def print_report() -> None:
     """Print :func:`report`."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = progress.console()
     facts, warnings = report()
     facts["vmapped on a CPU"], warning = try_vmapped()
     warnings += [warning] if warning else []
@@ -135,19 +134,17 @@ def print_report() -> None:
 
 def print_algos() -> None:
     """Print the algorithms with the first line of their documentation."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "what it is", "settings", box=None, padding=(0, 2, 0, 0))
     for name in configuration.ALGORITHMS:
         module = configuration.load(name)
         table.add_row(name, (module.__doc__ or "").strip().splitlines()[0], f"jrl train {name} --help")
-    Console().print(table, highlight=False)
+    progress.console().print(table, highlight=False)
 
 
 def print_envs() -> None:
     """Print every environment that needs no download: observation, actions, time limit."""
-    from rich.console import Console
     from rich.table import Table
 
     from jrl import envs
@@ -159,7 +156,7 @@ def print_envs() -> None:
         limit = getattr(env.params, "max_steps_in_episode", None)
         text = "-" if limit is None else f"{int(limit):,}"
         table.add_row(env_id, _shapes(env.observation), _action(env.action), text)
-    Console().print(table, highlight=False)
+    progress.console().print(table, highlight=False)
     for env_id, argument in registry.NEED_DATA.items():
         print(f"{env_id} needs --env-kwarg {argument}=FOLDER")
 

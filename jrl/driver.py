@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import math
 import os
+import shlex
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -288,7 +289,7 @@ def load(
     if start is None:
         raise CheckpointError(
             f"run folder {folder} holds no checkpoint yet. One is written now and then in training and at "
-            f"its end; continue the run first: jrl resume {folder}"
+            f"its end; continue the run first: jrl resume {shlex.quote(str(folder))}"
         )
     summary = records.read_summary(folder) or {}
     interrupted = bool(summary.get("interrupted"))
@@ -320,7 +321,9 @@ def evaluate(
 
     Raises:
         RunError, CheckpointError: as :func:`load`.
+        ValueError, TypeError: ``num_episodes`` is not in 1 … 2³¹ − 1, or ``seed`` not in 0 … 2³² − 1.
     """
+    check_numbers(num_episodes=num_episodes, seed=seed)
     if (Path(path) / records.GROUPS).exists() and member is not None:
         from jrl.sweep import groups  # imports this module
 
@@ -474,3 +477,5 @@ def check_numbers(**values: Any) -> None:
             raise ValueError(f"{name}={value}: must be at least {lowest.get(name, 1)}.")
         if name == "seed" and value >= 2**32:
             raise ValueError(f"seed={value}: must be below 2**32.")
+        if name in ("eval_episodes", "num_episodes", "num_steps") and value >= 2**31:
+            raise ValueError(f"{name}={value}: must be below 2**31, as they are counted in 32 bits.")

@@ -30,8 +30,9 @@ def inspect(
 
     Raises:
         RunError, CheckpointError: as :func:`jrl.driver.load`.
-        ValueError: the policy tells no value.
+        ValueError: the policy tells no value, ``num_steps`` is not in 1 … 2³¹ − 1, or ``seed`` not in 0 … 2³² − 1.
     """
+    driver.check_numbers(num_steps=num_steps, seed=seed)
     loaded = driver.load(path, step)
     policy = loaded.algo.policy(loaded.state)
     gamma = getattr(loaded.hparams, "gamma", 1.0)

@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 _NUM_LINES = 15  # lines a run prints where the output is no terminal
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to a stream, by default standard output; nothing where its reader has gone.
+
+    ``jrl train ... | head`` trains to its end: what nobody reads must not cost what was learned.
+    """
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Send nowhere what a stream without a reader still holds, and all that is written to it from now on."""
+    with contextlib.suppress(OSError, ValueError):  # no file of the system: the next line is dropped as well
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def console(width: int | None = None) -> Any:
+    """Return a console of rich that falls silent, as :func:`say` does, where rich itself would end the process."""
+    from rich.console import Console
+
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            silence(sys.stdout)
+
+        def _check_buffer(self) -> None:
+            try:
+                super()._check_buffer()
+            except BrokenPipeError:  # of releases of rich that know of no on_broken_pipe
+                self.on_broken_pipe()
+
+    return Patient(width=width)
 
 
 class Progress(Protocol):
@@ -81,15 +122,14 @@ class Lines(Silent):
             return
         self._shown = part
         left = readable_duration(max(self._total - env_steps, 0) / rate) if rate else "?"
-        print(
+        say(
             f"{env_steps:>13,} {_unit(row, 'env steps')} {min(share, 1):>5.0%}   {self._best or 'return -':<18} "
-            f"{rate:>12,.0f} {_unit(row, 'steps')}/s   {left} left",
-            flush=True,
+            f"{rate:>12,.0f} {_unit(row, 'steps')}/s   {left} left"
         )
 
     def message(self, text: str) -> None:
         """Print it."""
-        print(text, flush=True)
+        say(text)
 
 
 class Bar:
@@ -105,6 +145,7 @@ class Bar:
             progress.TextColumn("{task.fields[episode_return]}"),
             progress.TextColumn("{task.fields[speed]}"),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
+            console=console(),
         )
         self._task: Any = None
         self._return = ""
@@ -172,11 +213,12 @@ def report(summary: Mapping[str, Any], out: Path | None) -> str:
     )
     if out is not None:
         lines.append(f"run folder   {out}")
+        quoted = shlex.quote(str(out))  # to be pasted into a shell
         if summary["interrupted"]:
-            lines.append(f"interrupted  continue with: jrl resume {out}")
+            lines.append(f"interrupted  continue with: jrl resume {quoted}")
         else:
             more = "jrl generate {0}   jrl plot {0}" if unit == "tokens" else "jrl eval {0}   jrl plot {0}"
-            lines.append(f"more         {more.format(out)}   jrl resume {out} --env-steps N")
+            lines.append(f"more         {more.format(quoted)}   jrl resume {quoted} --env-steps N")
     return "\n".join(lines)
 
 

@@ -14,9 +14,12 @@ Imports no jax, so that the command line can refuse a bad folder before anything
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +30,26 @@ RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
 SWEEP, GROUPS, TABLE = "sweep.json", "groups.json", "table.csv"
 CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
 TENSORBOARD, TOKENIZER = "tensorboard", "jrl_tokenizer.json"
+
+# What is read of each file, by the kinds of its values: a file without is named before anything is computed with it.
+_BUILT = {
+    "algorithm.name": str, "environment.name": str, "environment.id": str | None, "environment.kwargs": dict,
+    "config": dict | None, "hparams": dict, "env_steps": int, "eval_episodes": int, "chunk_length": int,
+    "checkpoint_seconds": int | float | None, "versions": dict,
+}  # fmt: skip
+_NEEDED: dict[str, dict[str, Any]] = {
+    RUN: {**_BUILT, "seed": int, "checkpoint_every": int | None, "keep": int | None, "loggers": list},
+    SWEEP: {
+        **_BUILT,
+        "seeds": list,
+        "settings": list,
+        "swept": dict,
+        "halving": dict | None,
+        "width": int | str,
+    },
+    GROUPS: {"groups": list, "command": list},
+    SUMMARY: {"env_steps": int, "interrupted": bool},
+}
 
 
 class RunError(ValueError):
@@ -94,7 +117,7 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     """Return ``run.json`` of a run folder.
 
     Raises:
-        RunError: it is not there, not readable, or not written by jrl.
+        RunError: it is not there, not readable, or not as jrl writes it.
     """
     rule = "A run folder is what jrl train --out (or jrl.run(out=...)) made; pass one of those."
     return _read_record(Path(folder), RUN, FORMAT, "a run folder", rule)
@@ -104,7 +127,7 @@ def read_sweep(folder: str | os.PathLike) -> dict[str, Any]:
     """Return ``sweep.json`` of a sweep's folder.
 
     Raises:
-        RunError: it is not there, not readable, or not written by jrl.
+        RunError: it is not there, not readable, or not as jrl writes it.
     """
     rule = "A sweep's folder is what jrl sweep --out (or jrl.sweep.run(out=...)) made; pass one of those."
     return _read_record(Path(folder), SWEEP, SWEEP_FORMAT, "a sweep's folder", rule)
@@ -114,7 +137,7 @@ def read_groups(folder: str | os.PathLike) -> dict[str, Any]:
     """Return ``groups.json`` of a folder with one sweep for each of several static choices.
 
     Raises:
-        RunError: it is not there, not readable, or not written by jrl.
+        RunError: it is not there, not readable, or not as jrl writes it.
     """
     rule = "A folder of sweeps is what jrl sweep --static-grid made; pass one of those."
     return _read_record(Path(folder), GROUPS, GROUPS_FORMAT, "a folder of sweeps", rule)
@@ -139,29 +162,51 @@ def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> di
         raise RunError(f"{path} cannot be read ({error}). {rule}") from error
     if not isinstance(record, dict) or record.get("format") != form:
         raise RunError(f"{path} does not say format {form!r}: something else wrote it. {rule}")
+    _check_content(path, record, f"Put it back as jrl wrote it, or begin anew in another folder. {rule}")
     return record
+
+
+def _check_content(path: Path, record: Any, advice: str) -> None:
+    if not isinstance(record, dict):
+        raise RunError(f"{path} is not a JSON object: it holds {_excerpt(record)}. {advice}")
+    for name, kind in _NEEDED[path.name].items():
+        value: Any = record
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise RunError(f"{path} does not say {name}: it was cut short or edited. {advice}")
+            value = value[part]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RunError(f"{path} says {name} = {_excerpt(value)}, which jrl does not write. {advice}")
+
+
+def _excerpt(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 30 else text[:30] + "..."
 
 
 def read_summary(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Return ``summary.json``, or None where there is none yet.
 
     Raises:
-        RunError: it is there and cannot be read.
+        RunError: it is there and cannot be read, or does not say what a summary says.
     """
     path = Path(folder) / SUMMARY
+    advice = "Delete it and resume the run."
     try:
-        return json.loads(path.read_bytes())
+        summary = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({error}). Delete it and resume the run.") from error
+        raise RunError(f"{path} cannot be read ({error}). {advice}") from error
+    _check_content(path, summary, advice)
+    return summary
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the lines of ``metrics.jsonl``, without a last one that a kill cut short.
 
     Raises:
-        RunError: a line other than the last is not a JSON object.
+        RunError: a line other than the last is not a JSON object with a number of ``env_steps``.
     """
     path = Path(folder) / METRICS
     if not path.exists():
@@ -175,6 +220,9 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
+            steps = row.get("env_steps")
+            if isinstance(steps, bool) or not isinstance(steps, int | float):
+                raise ValueError(f"with env_steps a number; found {_excerpt(steps)}")
         except ValueError as error:
             if number == len(lines):  # a complete line ends with a newline, so that the last entry is ""
                 break
@@ -191,7 +239,7 @@ def drop_metrics_after(folder: Path, env_steps: int) -> None:
     path = folder / METRICS
     if not path.exists():
         return
-    rows = [row for row in read_metrics(folder) if row.get("env_steps", 0) <= env_steps]
+    rows = [row for row in read_metrics(folder) if row["env_steps"] <= env_steps]
     with replacing(path) as unfinished:
         unfinished.write_text(
             "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"
@@ -226,8 +274,8 @@ def check_new(folder: Path, overwrite: bool) -> None:
         if not overwrite:
             raise RunError(
                 f"run folder {folder} already holds a {kind}. A folder is used once, so that nothing saved is "
-                f"lost: continue it with `jrl resume {folder}`, choose another one with --out, or replace it "
-                "with --overwrite (overwrite=True)."
+                f"lost: continue it with `jrl resume {shlex.quote(str(folder))}`, choose another one with --out, or "
+                "replace it with --overwrite (overwrite=True)."
             )
     elif names:
         some = ", ".join(sorted(names)[:3])
@@ -269,17 +317,38 @@ def create(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed).
 
+    Everything that jrl writes there, the sweeps of groups in its sub-folders included; no other file.
+
     Raises:
-        RunError: the folder cannot be written to.
+        RunError: the folder cannot be written to, or another process is training in a sub-folder.
     """
     try:
-        for name in (RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
+        # sub-folders of groups are called NAME=VALUE; another sweep in here is not of these
+        for inner in folder.glob(f"*=*/{SWEEP}") if (folder / GROUPS).exists() else ():
+            with locked(inner.parent):
+                clear(inner.parent)
+            if [entry.name for entry in inner.parent.iterdir()] == [LOCK]:
+                shutil.rmtree(inner.parent)
+        for name in (*_figures(folder), RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, TENSORBOARD):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
     except OSError as error:
         raise RunError(_unwritable(folder, error.strerror or str(error))) from error
+
+
+def _figures(folder: Path) -> list[str]:
+    """Return what the figures of :mod:`jrl.sweep_plots` and ``jrl inspect`` of this folder are called."""
+    try:
+        with (folder / TABLE).open(encoding="utf-8", newline="") as stream:
+            columns = next(csv.reader(stream), [])
+    except (OSError, ValueError, csv.Error):  # without a table none of a swept value were drawn
+        columns = []
+    names = ["learning_curves", "performance_profile", "episode", "grid"]
+    names += [f"{kind}_{name}" for kind in ("sensitivity", "schedules") for name in columns]
+    names += [f"heat_map_{x}_{y}" for x, y in itertools.permutations(columns, 2)]
+    return [f"{name}.png" for name in names]
 
 
 def _unwritable(folder: Path, why: str) -> str:

@@ -7,6 +7,7 @@ only: the results of a sweep are already on the host.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -178,10 +179,11 @@ def bootstrap_interval(
         scores: each ``[runs, tasks]`` or ``[runs]``; the numbers of runs may differ.
         confidence: between 0 and 1.
         resamples: how many.
-        seed: equal seeds give equal intervals.
+        seed: an integer, or a generator; equal seeds give equal intervals.
 
     Raises:
-        ValueError: ``confidence`` or ``resamples`` is out of range, or scores as for :func:`mean`.
+        TypeError: ``seed`` is neither.
+        ValueError: ``confidence``, ``resamples`` or ``seed`` is out of range, or scores as for :func:`mean`.
     """
     if not 0 < confidence < 1:
         raise ValueError(
@@ -190,7 +192,7 @@ def bootstrap_interval(
     if resamples < 1:
         raise ValueError(f"bootstrap_interval(resamples={resamples}): must be at least 1.")
     arrays = [_checked("bootstrap_interval", array) for array in scores]
-    generator = np.random.default_rng(seed) if isinstance(seed, int) else seed
+    generator = _generator(seed)
     replicates = np.asarray(
         [statistic(*(_resample(generator, array) for array in arrays)) for _ in range(resamples)], float
     )
@@ -199,6 +201,20 @@ def bootstrap_interval(
     percentile = np.nanpercentile if np.isnan(replicates).any() else np.percentile
     low, high = percentile(replicates, [tail, 100 - tail], axis=0)
     return Interval(statistic(*arrays), low, high)
+
+
+def _generator(seed: int | np.random.Generator) -> np.random.Generator:
+    if isinstance(seed, np.random.Generator):
+        return seed
+    try:
+        number = operator.index(seed)
+    except TypeError as error:
+        raise TypeError(
+            f"bootstrap_interval(seed={seed!r}): expected an integer, or a numpy.random.Generator."
+        ) from error
+    if number < 0:
+        raise ValueError(f"bootstrap_interval(seed={seed}): must be at least 0.")
+    return np.random.default_rng(number)
 
 
 def _resample(generator: np.random.Generator, array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jrl import statistics
+from jrl import progress, statistics
 from jrl.statistics import Interval
 from jrl.tables import TABLE, Table, number, setting
 
@@ -23,10 +23,7 @@ _MERGED = "setting"
 
 def show(renderable: Any) -> None:
     """Print what the other functions return, as wide as the terminal, or :data:`WIDTH` where there is none."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(renderable, highlight=False)
+    progress.console(None if sys.stdout.isatty() else WIDTH).print(renderable, highlight=False)
 
 
 def render(table: Table) -> Any:

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ class Table:
         rows: dict[tuple[Any, ...], list[int]] = {}
         for i in range(len(self)):
             rows.setdefault(tuple(self.columns[name][i] for name in by), []).append(i)
-        return [(dict(zip(by, key, strict=True)), self.take(rows[key])) for key in sorted(rows)]
+        return [
+            (dict(zip(by, key, strict=True)), self.take(rows[key])) for key in sorted(rows, key=_in_order)
+        ]
 
     @property
     def final_returns(self) -> np.ndarray:
@@ -284,9 +287,9 @@ def read(folder: str | os.PathLike) -> Table:
     if summary is None:
         raise RunError(
             f"{folder} is a run without {records.SUMMARY}: it has not come to its end. Continue it with "
-            f"`jrl resume {folder}`."
+            f"`jrl resume {shlex.quote(str(folder))}`."
         )
-    rows = [row for row in records.read_metrics(folder) if row.get("env_steps") is not None]
+    rows = records.read_metrics(folder)
     steps = np.array([row["env_steps"] for row in rows], int)
     curve = np.array(
         [math.nan if row.get("episode_return") is None else row["episode_return"] for row in rows]
@@ -341,8 +344,12 @@ def late_return(curve_env_steps: np.ndarray, curves: np.ndarray, env_steps: int)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """Return the values without repetition, sorted."""
-    return sorted(set(values))
+    """Return the values without repetition, sorted: numbers, then texts, then None."""
+    return [value for (value,) in sorted({(value,) for value in values}, key=_in_order)]
+
+
+def _in_order(values: tuple[Any, ...]) -> list[tuple[bool, bool, Any]]:
+    return [(value is None, isinstance(value, str), 0 if value is None else value) for value in values]
 
 
 def setting(values: dict[str, float]) -> str:

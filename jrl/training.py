@@ -116,11 +116,15 @@ def evaluate(
 
     Raises:
         TypeError: ``env`` or ``policy`` is not what it should be.
-        ValueError: ``num_episodes``, ``num_envs`` or ``max_steps`` is below 1.
+        ValueError: ``num_episodes``, ``num_envs`` or ``max_steps`` is not in 1 … 2³¹ − 1.
     """
     for name, value in (("num_episodes", num_episodes), ("num_envs", num_envs), ("max_steps", max_steps)):
         if value is not None and value < 1:
             raise ValueError(f"evaluate({name}={value}): must be at least 1.")
+        if value is not None and value >= 2**31:
+            raise ValueError(
+                f"evaluate({name}={value}): must be below 2**31, as they are counted in 32 bits."
+            )
     if not isinstance(env, Environment):
         raise TypeError(f"evaluate(env={env!r}): no jrl Environment; build it with jrl.make.")
     if not callable(policy):

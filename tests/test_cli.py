@@ -126,6 +126,11 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     assert cli.main(["plot", str(out), str(out), "--out", "both.svg"]) == 0
     assert (tmp_path / "both.svg").exists()
     capsys.readouterr()
+    assert cli.main(["plot", str(out), "--out", str(tmp_path)]) == 0
+    assert cli.main(["plot", str(out), "--out", "plain"]) == 0
+    for name in capsys.readouterr().out.split():  # a folder gets the file, a name its suffix
+        assert (tmp_path / name).is_file()
+    assert (tmp_path / "learning_curve.png").exists()
 
     assert cli.main(["resume", str(out)]) == 0
     assert "is already finished: 64 env steps. Extend it: jrl resume" in capsys.readouterr().out
@@ -150,6 +155,42 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     assert "warning: checkpoint" in capsys.readouterr().err
 
 
+def start_without_a_reader(*args):
+    """Start the command with its standard output a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "jrl", *args]
+    try:
+        return subprocess.run(
+            command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=fake.environ()
+        )
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize("shown", ["lines", "bar"])
+def test_a_run_whose_output_nobody_reads_trains_to_its_end(shown, tmp_path):
+    args = ["--env-steps", "64", "--out", "run", *TINY, "--progress", shown]
+    done = start_without_a_reader(*TRAIN, *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert records.read_summary(tmp_path / "run")["evaluation"]["num_episodes"] == 2
+    assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") == 4
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def test_a_command_that_only_lists_ends_with_its_reader():
+    done = start_without_a_reader("algos")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def failing(args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", failing)
+    assert "Broken pipe" in fails(capsys, "train")
+
+
 def make_sweep(folder, *args, **kwargs):
     folder.mkdir(parents=True)
     make_table(*args, **kwargs).to_csv(folder / tables.TABLE)
@@ -160,7 +201,8 @@ def finish(run, mean):
     """Give a run folder the summary of a finished run."""
     evaluation = {"episode_return_mean": mean, "episode_return_std": 0.0, "episode_return_min": mean}
     evaluation |= {"episode_return_max": mean, "num_episodes": 100}
-    records.write_json(run / "summary.json", {"env_steps": 500_000, "evaluation": evaluation})
+    summary = {"env_steps": 500_000, "interrupted": False, "evaluation": evaluation}
+    records.write_json(run / "summary.json", summary)
     return run
 
 
@@ -201,10 +243,12 @@ def test_compare_warns_of_returns_that_are_not_of_one_kind(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"warning: {sweep} has no final evaluation: its training return is compared" in error
     assert "warning: the folders are of different environments (CartPole-v1, Acrobot-v1)" in error
-    record = {"format": records.SWEEP_FORMAT, "environment": {"name": "Pendulum-v1"}}
+    record = {**records.read_run(runs[0]), "format": records.SWEEP_FORMAT}
+    record["environment"] = {"id": "Pendulum-v1", "name": "Pendulum-v1", "kwargs": {}}
+    record |= {"seeds": [0, 1], "settings": [0, 0], "swept": {}, "halving": None, "width": "auto"}
     records.write_json(sweep / records.SWEEP, record)
     outer = make_sweep(tmp_path / "outer")
-    records.write_json(outer / records.GROUPS, {"format": records.GROUPS_FORMAT})
+    records.write_json(outer / records.GROUPS, {"format": records.GROUPS_FORMAT, "groups": [], "command": []})
     (outer / "num_envs=1").mkdir()
     records.write_json(outer / "num_envs=1" / records.SWEEP, record)
     assert cli.main(["compare", str(outer), str(sweep)]) == 0
@@ -309,6 +353,13 @@ def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
         (["resume", "nowhere"], "nowhere is not a run folder: it has no run.json"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["eval", "nowhere", "--episodes", "0"], "--episodes 0: must be at least 1"),
+        (["eval", "nowhere", "--episodes", "99999999999999"], "must be at least 1 and below 2**31."),
+        (["eval", "nowhere", "--seed", "-1"], "seed=-1: must be at least 0"),
+        (["eval", "nowhere", "--seed", "99999999999"], "seed=99999999999: must be below 2**32"),
+        (["inspect", "nowhere", "--seed", "-1"], "seed=-1: must be at least 0"),
+        (["inspect", "nowhere", "--steps", "99999999999999"], "--steps 99999999999999: must be at least 1 and below"),
+        ([*TRAIN, "--num-envs", "99999999999999"], "num_envs=99999999999999: must be below 2**31"),
+        ([*TRAIN, "--eval-episodes", "99999999999999"], "eval_episodes=99999999999999: must be below 2**31"),
         (["plot"], "jrl plot needs at least one run folder"),
         (["plot", "nowhere"], "nowhere is not a run folder"),
     ],

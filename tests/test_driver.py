@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -11,9 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweep_tables import make_table
 
 import jrl
-from jrl import checkpoint, configuration, driver, interrupt, loop, ops, records
+from jrl import (
+    checkpoint,
+    configuration,
+    driver,
+    interrupt,
+    loop,
+    ops,
+    progress,
+    records,
+    sweep_plots,
+    tables,
+)
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -490,6 +503,46 @@ def test_unknown_names_come_with_the_nearest():
         driver.run(3, ENV, env_steps=8)
 
 
+def test_overwriting_leaves_nothing_of_a_sweep_and_all_that_is_not_ours(tmp_path):
+    inner = tmp_path / "num_envs=2"
+    other = tmp_path / "mine=1"  # a sub-folder that holds no sweep
+    for folder in (inner, other):
+        folder.mkdir()
+    table = make_table({"learning_rate": [0.1, 0.2], "env.length": [1.0, 2.0]}, seeds=2)
+    for folder in (tmp_path, inner):
+        table.to_csv(folder / "table.csv")
+        assert len(sweep_plots.figures(table, folder)) == 5
+    for path in (tmp_path / "groups.json", inner / "sweep.json", inner / "metrics.jsonl", inner / ".lock"):
+        path.touch()
+    ours = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
+    assert len(ours) == 10
+    kept = ["notes.txt", "sensitivity_mine.png", "mine=1/notes.txt"]
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    run(tmp_path, env_steps=80, overwrite=True)
+    assert not [path for path in ours if (tmp_path / path).exists()]
+    assert [(tmp_path / name).read_text() for name in kept] == ["mine"] * 3
+    names = {"run.json", "metrics.jsonl", "checkpoints", "learning_curve.png", "summary.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {
+        "notes.txt",
+        "sensitivity_mine.png",
+        "mine=1",
+    }
+
+
+def test_the_commands_that_are_named_can_be_pasted(tmp_path):
+    out = tmp_path / "a b $ü"
+    text = progress.report(run(out, env_steps=80).summary, out)
+    more = next(line for line in text.splitlines() if line.startswith("more"))
+    words = shlex.split(more)
+    assert [words[i + 2] for i, word in enumerate(words) if word == "jrl"] == [str(out)] * 3
+    text = progress.report({**records.read_summary(out), "interrupted": True}, out)
+    assert shlex.split(text.partition("continue with: ")[2]) == ["jrl", "resume", str(out)]
+    with pytest.raises(RunError) as raised:
+        run(out)
+    assert f"`jrl resume {shlex.quote(str(out))}`" in str(raised.value)
+
+
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json\. A run folder is what"):
         driver.resume(tmp_path)
@@ -499,9 +552,47 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
         driver.resume(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"env_steps": 1}\n{"a"\n{"env_steps": 2}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is not a JSON object"):
         records.read_metrics(tmp_path)
+
+
+def test_what_a_file_of_the_folder_no_longer_says_is_named(tmp_path):
+    def wrong(file, text, message):
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text)
+        for read in (resume, tables.read):
+            with pytest.raises(RunError, match=message):
+                read(tmp_path)
+        (tmp_path / file).write_text(before)
+
+    run(tmp_path, env_steps=80)
+    damaged = ((tmp_path / records.RUN).read_text()).replace('"seed": 0', '"seed": "0"')
+    for text, message in (
+        ('{"a": 1}', r"summary\.json does not say env_steps: .* Delete it and resume the run"),
+        (
+            '{"env_steps": 80, "interrupted": "no"}',
+            r'summary\.json says interrupted = "no", which jrl does not',
+        ),
+        ("[]", r"summary\.json is not a JSON object: it holds \[\]"),
+        ("3", r"summary\.json is not a JSON object: it holds 3"),
+    ):
+        wrong("summary.json", text, message)
+    for text, message in (
+        (
+            '{"format": "jrl-run-1"}',
+            r"run\.json does not say algorithm\.name: .* Put it back as jrl wrote it",
+        ),
+        ('{"format": "jrl-run-1", "algorithm": 3}', r"run\.json does not say algorithm\.name"),
+        (damaged, r'run\.json says seed = "0", which jrl does not write'),
+    ):
+        wrong("run.json", text, message)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"env_steps": null}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 1 is not .* env_steps a number; found null"):
+        resume(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert resume(tmp_path).summary["env_steps"] == 80
 
 
 def test_a_run_longer_than_its_annealing_is_told():

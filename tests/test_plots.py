@@ -19,7 +19,9 @@ def make_run(folder, seed=0, algorithm="ppo", num_rows=20, evaluation=480.0, env
         "algorithm": {"name": algorithm, "module": None},
         "environment": {"id": env, "name": env, "kwargs": {}},
         "seed": seed,
-    }
+        "config": None, "hparams": {}, "env_steps": 500_000, "eval_episodes": 100, "chunk_length": 1,
+        "checkpoint_every": None, "checkpoint_seconds": 300.0, "keep": 3, "loggers": [], "versions": {},
+    }  # fmt: skip
     records.write_json(folder / "run.json", record)
     speed = {"ppo": 5.0, "dqn": 11.0}.get(algorithm, 7.0)
     with (folder / "metrics.jsonl").open("w") as stream:
@@ -30,7 +32,9 @@ def make_run(folder, seed=0, algorithm="ppo", num_rows=20, evaluation=480.0, env
             stream.write(json.dumps(row) + "\n")
         stream.write('{"env_steps": 1')  # a killed run's last line
     if evaluation is not None:
-        records.write_json(folder / "summary.json", {"evaluation": {"episode_return_mean": evaluation}})
+        summary = {"env_steps": 500_000, "interrupted": False}
+        summary["evaluation"] = {"episode_return_mean": evaluation}
+        records.write_json(folder / "summary.json", summary)
     return folder
 
 

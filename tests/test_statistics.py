@@ -256,3 +256,16 @@ def test_env_steps_to_a_threshold():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_seed_is_any_integer_and_nothing_else():
+    def interval(seed):
+        return statistics.bootstrap_interval(statistics.mean, np.arange(5.0), resamples=20, seed=seed)
+
+    assert interval(np.int64(3)) == interval(np.array(3)) == interval(3) == interval(np.random.default_rng(3))
+    assert interval(3) != interval(4)
+    for seed in (1.5, "3", None):
+        with pytest.raises(TypeError, match=rf"seed={seed!r}\): expected an integer"):
+            interval(seed)
+    with pytest.raises(ValueError, match=r"seed=-1\): must be at least 0"):
+        interval(-1)

@@ -92,6 +92,19 @@ def test_groups_are_sorted_by_their_values():
         table.groups(["c"])
 
 
+def test_columns_that_hold_none_are_grouped_and_named():
+    table = make_table(seeds=3, frozen=[1])
+    at = table.columns["frozen_at"][1]
+    assert [(values, len(part)) for values, part in table.groups(["frozen_at"])] == [
+        ({"frozen_at": at}, 1), ({"frozen_at": None}, 2),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"frozen_at=7\): no row has this value\. There are {at}, None\."):
+        table.where(frozen_at=7)
+    with pytest.raises(ValueError, match=r"frozen_why='zz'\): no row has .* There are 'loss is nan', None\."):
+        table.where(frozen_why="zz")
+    assert tables.distinct(["b", 2, None, "a", 1.5, 2]) == [1.5, 2, "a", "b", None]
+
+
 def test_final_returns_are_those_of_the_evaluation_if_there_is_one():
     table = make_table(seeds=3, frozen=[1])
     expected = [table.columns["episode_return_mean"][0], NAN, table.columns["episode_return_mean"][2]]

@@ -277,6 +277,8 @@ def test_greedy_against_sampled():
 def test_a_number_below_one_is_an_error(name):
     with pytest.raises(ValueError, match=rf"evaluate\({name}=0\): must be at least 1\."):
         jrl.evaluate(KEY, ENV, idle, **({"num_episodes": 1} | {name: 0}))
+    with pytest.raises(ValueError, match=rf"evaluate\({name}=2147483648\): must be below 2\*\*31"):
+        jrl.evaluate(KEY, ENV, idle, **({"num_episodes": 1} | {name: 2**31}))
 
 
 # ------------------------------------------------------------------------------- PPO starts at a ratio of 1

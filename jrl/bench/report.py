@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jrl import progress
+
 Record = Mapping[str, Any]
 ALONE = 0.9  # of a core: below it, others were computing there too
 MIN_SPAN = 8.0  # of an axis: its end over its beginning
@@ -14,12 +16,11 @@ SCALING = ("env", "policy", "update", "train")  # over environments; "sweep" is 
 
 def table(records: Sequence[Record]) -> None:
     """Print the records: in colour on a terminal, plain elsewhere."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = progress.console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file has no edge to wrap at
+        console = progress.console(width=200)  # a file has no edge to wrap at
     shown = Table(
         "what",
         "envs",

@@ -119,6 +119,7 @@ def greedy_policy(q: Array) -> Array:
         AssertionError: ``q`` is not floating.
     """
     checks.floating(q=q)
+    q = jnp.asarray(q)
     return jax.nn.one_hot(jnp.argmax(q, axis=-1), q.shape[-1], dtype=q.dtype)
 
 
@@ -196,6 +197,7 @@ def value_iteration(
         AssertionError: shapes do not fit or an array is not floating.
     """
     num_states, _ = _sizes(mdp)
+    mdp = _as_jax(mdp)
     start = jnp.zeros((num_states,), mdp.R.dtype)
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
@@ -235,6 +237,7 @@ def policy_iteration(mdp: TabularMDP, *, max_iterations: Array | int = 1_000) ->
         AssertionError: shapes do not fit or an array is not floating.
     """
     _, num_actions = _sizes(mdp)
+    mdp = _as_jax(mdp)
 
     def evaluate(action: Array) -> Array:
         return evaluate_policy(mdp, jax.nn.one_hot(action, num_actions, dtype=mdp.R.dtype))
@@ -297,6 +300,11 @@ def _sizes(mdp: TabularMDP) -> tuple[int, int]:
     checks.shape(R=(mdp.R, (num_states, num_actions)), P=(mdp.P, (num_states, num_actions, num_states)))
     checks.shape(gamma=(mdp.gamma, ()))
     return num_states, num_actions
+
+
+def _as_jax(mdp: TabularMDP) -> TabularMDP:
+    """Arrays of NumPy as JAX holds them, float32 for float64 but for x64 mode; those of JAX as they are."""
+    return mdp._replace(P=jnp.asarray(mdp.P), R=jnp.asarray(mdp.R))
 
 
 def _solution(mdp: TabularMDP, value: Array, iterations: Array) -> Solution:

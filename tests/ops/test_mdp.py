@@ -73,6 +73,18 @@ def test_in_float64_the_residual_is_absolutely_small():
             assert solution.residual <= 1e-6
 
 
+@pytest.mark.parametrize("solve", [mdp.value_iteration, mdp.policy_iteration])
+def test_arrays_of_numpy_are_taken_as_they_come(solve):
+    """Without a warning, which is an error here; in float64 only where JAX computes in it."""
+    process = mdp.random_mdp(jax.random.key(1), 4, 2, 0.9)
+    given = mdp.TabularMDP(np.asarray(process.P, np.float64), np.asarray(process.R, np.float64), 0.9)
+    found = solve(given)
+    assert found.value.dtype == found.policy.dtype == jnp.float32
+    np.testing.assert_array_equal(found.value, solve(process._replace(gamma=0.9)).value)
+    with jax.enable_x64(True):
+        assert solve(given).value.dtype == jnp.float64
+
+
 def test_against_a_slow_loop():
     process = small()
     value, q = slow_value(*process)
