@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -233,11 +234,18 @@ def _number(name: str, value: str | float, default: np.ndarray) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        return int(str(value)) if kind is int else float(value)
+        number = int(str(value)) if kind is int else float(value)
     except (ValueError, KeyError) as error:
         raise RunError(
             f"parameter {name}={value!r} is not {what}, as the default {default.item()!r} is."
         ) from error
+    held = jax.dtypes.canonicalize_dtype(default.dtype)
+    limits = np.iinfo(held) if kind is int else np.finfo(held)
+    if math.isfinite(number) and not float(limits.min) <= number <= float(limits.max):
+        raise RunError(
+            f"parameter {name}={value!r} is no {held.name}, which holds {float(limits.min):g} to {float(limits.max):g}."
+        )
+    return number
 
 
 # -------------------------------------------------------------------------------------------------- JSON

@@ -45,7 +45,7 @@ _NEEDED: dict[str, dict[str, Any]] = {
         "settings": list,
         "swept": dict,
         "halving": dict | None,
-        "width": int | str,
+        "width": int | str | None,
     },
     GROUPS: {"groups": list, "command": list},
     SUMMARY: {"env_steps": int, "interrupted": bool},

@@ -437,4 +437,9 @@ def test_environment_parameters_keep_their_types():
         ValueError, match=r"parameter flag='maybe' is not true or false, as the default True is"
     ):
         configuration.override_params(params, {"flag": "maybe"})
+    for name, value in (("limit", "1000000000000"), ("length", "1e50")):
+        with pytest.raises(
+            ValueError, match=rf"parameter {name}='{value}' is no (int|float)32, which holds -"
+        ):
+            configuration.override_params(params, {name: value})
     assert flags.field_docs(fake.Config)["num_envs"] == "Environments."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -252,4 +253,8 @@ def check_numbers(**values: int) -> None:
 
 def how_to_resume(out: str | os.PathLike | None) -> str:
     """Say how to go on with the sweep in the folder ``out``."""
-    return "the sweep wrote no files" if out is None else f"continue the sweep with: jrl resume {out}"
+    return (
+        "the sweep wrote no files"
+        if out is None
+        else f"continue the sweep with: jrl resume {shlex.quote(str(out))}"
+    )

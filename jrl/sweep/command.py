@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +141,7 @@ def _sweep_groups(algorithm: str, options: Options, settings: dict[str, Any], ar
             print(_named(fields))
             _report(finished)
         if interrupted:
-            print(f"interrupted  continue with: jrl resume {settings['out']}")
+            print(f"interrupted  continue with: jrl resume {shlex.quote(str(settings['out']))}")
         else:
             sweep_report.show(sweep_report.render(table))
             print(f"all sweeps   {settings['out']}")
@@ -156,7 +157,7 @@ def _end(finished: Any, out: Path) -> int:
             sweep_report.show(sweep_report.render(finished.table))
         _report(finished)
         if finished.interrupted:
-            print(f"interrupted  continue with: jrl resume {out}")
+            print(f"interrupted  continue with: jrl resume {shlex.quote(str(out))}")
     return 130 if finished.interrupted else 0
 
 
