@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.envs.finite import Outcomes, Start, from_mdp, from_outcomes, replace_params
+from jrl.envs.finite import Outcomes, Start, check_probability, from_mdp, from_outcomes, replace_params
 from jrl.envs.registry import register
 from jrl.ops.mdp import random_mdp
 from jrl.types import Array, Discrete, Environment
@@ -110,6 +110,8 @@ def river_swim(*, num_states: int = 6, params: Any = None, raw: bool = False) ->
         )
 
     params = replace_params(RiverParams(), params, name)
+    strokes = {"advance": params.advance, "retreat": params.retreat}
+    check_probability(name, **strokes, **{"advance + retreat": params.advance + params.retreat})
     return from_outcomes(outcomes, lambda params: _at(0), num_states, params, Discrete(2), name, raw=raw)
 
 

@@ -102,7 +102,13 @@ def from_outcomes(
         action: the action space.
         name: for messages and records.
         raw: observe the state as an int32 index, instead of one-hot float32 ``[S]``.
+
+    Raises:
+        ValueError: ``max_steps`` is below 1.
     """
+    limit = params.max_steps
+    if not isinstance(limit, jax.core.Tracer) and not np.asarray(limit) >= 1:
+        raise ValueError(f"{name}: max_steps={np.asarray(limit):g}: must be at least 1.")
     index = jax.ShapeDtypeStruct((), jnp.int32)
     arrays = jax.tree.map(jnp.asarray, params)
     random_steps = jax.eval_shape(outcomes, index, index, arrays).probability.shape[0] > 1
@@ -231,12 +237,12 @@ def from_mdp(
         )
     start = np.full(num_states, 1.0 / num_states, np.float32) if start is None else np.asarray(start)
     for what, rows in (("P[s, a]", transition), ("start", start)):
-        if rows.min() < 0 or rows.sum(-1).max() > 1 + 1e-4:
+        if not (rows.min() >= 0 and rows.sum(-1).max() <= 1 + 1e-4):  # NaN is neither
             raise ValueError(
                 f"from_mdp: {what} has entries down to {rows.min():.4g} and sums up to "
                 f"{rows.sum(-1).max():.4g}; probabilities are at least 0 and sum to at most 1."
             )
-    if start.shape != (num_states,) or start.sum() < 1 - 1e-4:
+    if start.shape != (num_states,) or not start.sum() >= 1 - 1e-4:
         raise ValueError(
             f"from_mdp: start has shape {start.shape} and sum {start.sum():.4g}; it must be [S={num_states}] "
             "and sum to 1."
@@ -261,14 +267,39 @@ def from_mdp(
 
 
 def replace_params(params: Any, changes: Any, name: str) -> Any:
-    """Return a record with some fields changed; anything but a mapping of fields is taken as the record.
+    """Return a record with some fields changed; what is no mapping of fields must be such a record itself.
 
     Raises:
-        ValueError: a field that does not exist.
+        TypeError: it is neither.
+        ValueError: a field that does not exist, or an array of another shape.
     """
-    if changes is None or not isinstance(changes, Mapping):
-        return params if changes is None else changes
+    if changes is None:
+        return params
+    if isinstance(changes, type(params)):
+        return changes
+    if not isinstance(changes, Mapping):
+        raise TypeError(
+            f"{name}: params is a {type(changes).__name__}: expected a {type(params).__name__}, or a mapping of its "
+            f"fields {params._fields}."
+        )
     unknown = sorted(set(changes) - set(params._fields))
     if unknown:
         raise ValueError(f"{name}: params has no field {unknown[0]!r}; it has {params._fields}.")
-    return params._replace(**changes)
+    changed = {}
+    for field, value in changes.items():
+        default = getattr(params, field)
+        if jax.tree.structure(default) == jax.tree.structure(0):  # a number or an array, no record
+            value = np.asarray(value) if isinstance(value, list | tuple) else value
+            if jnp.shape(value) != jnp.shape(default):
+                raise ValueError(
+                    f"{name}: params.{field} has shape {jnp.shape(value)}, where {jnp.shape(default)} is expected."
+                )
+        changed[field] = value
+    return params._replace(**changed)
+
+
+def check_probability(name: str, **values: Any) -> None:
+    """Raise ValueError for a parameter that is no probability, where it is known already."""
+    for field, value in values.items():
+        if not isinstance(value, jax.core.Tracer) and not 0.0 <= float(value) <= 1.0:
+            raise ValueError(f"{name}: {field}={float(value):g}: must be in [0, 1].")

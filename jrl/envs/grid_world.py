@@ -95,10 +95,14 @@ def make(
             if cells[cell] != FREE:
                 raise ValueError(f"{name}: cell {cell} of {field} is in another list too.")
             cells[cell] = kind
-    if not (cells == FREE).any():
-        raise ValueError(f"{name}: rows={rows}, columns={columns} leaves no free cell.")
     params = replace_params(GridParams(cells, start, slip=slip), params, name)
     start, slip, cells = int(params.start), float(params.slip), np.asarray(params.cells)
+    if not (cells == FREE).any():
+        raise ValueError(f"{name}: rows={rows}, columns={columns} leaves no free cell.")
+    if start != params.start:
+        raise ValueError(
+            f"{name}: start={params.start} is no whole number; give a free cell, or -1 to draw it."
+        )
     if start != -1 and not (0 <= start < num_states and cells[start] == FREE):
         raise ValueError(f"{name}: start={start} is not a free cell; give one, or -1 to draw it.")
     if not 0.0 <= slip <= 1.0:

@@ -84,7 +84,13 @@ class Probe:
         if self.state_values is None:
             return self.q(gamma, params).max(axis=1)
         params = self.params if params is None else params
-        return np.array(np.broadcast_to(self.state_values(params, gamma), len(self.observations)), np.float64)
+        try:
+            values = self.state_values(params, gamma)
+        except ZeroDivisionError as error:
+            raise ValueError(
+                f"{self.id}: gamma={gamma}: its value is that of a perpetuity, gamma below 1."
+            ) from error
+        return np.array(np.broadcast_to(values, len(self.observations)), np.float64)
 
 
 class RewardParams(NamedTuple):

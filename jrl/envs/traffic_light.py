@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jrl.envs.finite import Outcomes, Start, from_outcomes, replace_params
+from jrl.envs.finite import Outcomes, Start, check_probability, from_outcomes, replace_params
 from jrl.envs.registry import register
 from jrl.types import Array, Discrete, Environment
 
@@ -65,6 +65,7 @@ def make(*, reward: str = "right_action", params: Any = None, raw: bool = False)
         return Start(jnp.full((2,), 0.5), jnp.arange(2))
 
     params = replace_params(TrafficParams(stop_at_red=REWARDS[reward]), params, name)
+    check_probability(name, switch=params.switch)
     return from_outcomes(outcomes, first, 2, params, Discrete(2), name, raw=raw)
 
 

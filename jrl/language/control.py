@@ -33,17 +33,23 @@ def table(texts: Sequence[Sequence[int]], shape: tuple[int, ...] | None = None) 
         shape: of what is counted, such as states × actions, of which the texts are all in order; None: one number.
 
     Raises:
-        ValueError: an empty text, or as many texts as ``shape`` does not have.
+        ValueError: no text or an empty one, as many as ``shape`` does not have, or what is no token.
     """
     shape = (len(texts),) if shape is None else shape
-    if len(texts) != np.prod(shape) or not all(map(len, texts)):
+    if not texts or len(texts) != np.prod(shape) or not all(map(len, texts)):
         raise ValueError(
             f"table of {len(texts)} texts in the shape {shape}: needs one for each, of at least one token."
         )
+    if wrong := [token for text in texts for token in text if not _is_token(token)]:
+        raise ValueError(f"table: {wrong[0]!r} is no token: whole numbers, at least 0.")
     longest = max(map(len, texts))
     rows = np.array([[*text, *[-1] * (longest - len(text))] for text in texts], np.int32)
     tokens = jnp.asarray(rows.reshape(*shape, longest))
     return lambda *index: tokens[index]
+
+
+def _is_token(token: object) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool) and token >= 0
 
 
 def next_token(params: Params, config: transformer.Config, tokens: Array) -> transformer.Output:
@@ -76,9 +82,10 @@ def policy_network(
         params: a trained decoder's; None starts anew.
 
     Raises:
-        ValueError: a token twice, or outside the vocabulary.
+        ValueError: no action, a token twice, or what is no token of the vocabulary.
     """
-    if len(set(actions)) != len(actions) or not all(0 <= token < config.vocab_size for token in actions):
+    known = [token for token in actions if _is_token(token) and token < config.vocab_size]
+    if not known or len(known) < len(actions) or len(set(known)) < len(known):
         raise ValueError(
             f"actions={tuple(actions)}: needs different tokens of the vocabulary, 0 to {config.vocab_size - 1}, one "
             "for each action."

@@ -85,8 +85,8 @@ class DialogueParams(NamedTuple):
         success_reward: float32, of the last exchange of a dialogue that succeeds.
         failure_reward: float32, of the last exchange of one that fails.
         turn_reward: float32, of every other exchange.
-        slot_error: float32 in [0, 1], the chance that a value the user tells is misunderstood.
-        deleted_share: float32 in [0, 1], the share of these that are lost, not heard as another value.
+        slot_error: float32 in [0, 1], the chance that a value the user tells is lost, or drawn anew among the slot's.
+        deleted_share: float32 in [0, 1], the share of these that are lost; one drawn anew may be the right one.
         intent_error: float32 in [0, 1], the chance that the kind of the user's act is taken for a random one.
     """
 

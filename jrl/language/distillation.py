@@ -49,9 +49,10 @@ class HParams(pretraining.HParams):
     """Numbers, traced: a new value never recompiles, a leading axis sweeps them."""
 
     temperature: float = 1.0
-    """τ, by which the logits of both are divided; its square scales the loss."""
+    """τ, above 0, by which the logits of both are divided; its square scales the loss."""
     jsd_beta: float = 0.5
-    """β of the generalised Jensen–Shannon divergence: towards 0 the forward divergence, towards 1 the reverse."""
+    """β in (0, 1) of the generalised Jensen–Shannon divergence: towards 0 it is β times the forward divergence, towards
+    1 it is 1 − β times the reverse, so that at both ends there is nothing to learn from."""
     cross_entropy_coef: float = 0.0
     """Weight of the cross-entropy with the corpus beside the divergence; not with on_policy."""
 

@@ -133,17 +133,25 @@ def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | f
 
     def step(after: Array, t: int) -> tuple[Array, Array]:
         q, reference = tree.reward[t] + after, jnp.exp(log_reference[t])
-        best = q.max(-1, keepdims=True)
+        possible = reference > 0  # what the reference never says has no part in V
+        best = jnp.where(possible, q, -jnp.inf).max(-1, keepdims=True)
+        worse = jnp.where(possible, best - q, 0.0)
+        share = jnp.where(possible & (q == best), reference, 0.0).max(-1, keepdims=True)
+
+        def weights(u: Array) -> Array:
+            return jnp.where(possible, beta * reference / (u + worse), 0.0)
 
         def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
             middle = 0.5 * (low + high)
-            above = (beta * reference / (beta + middle - q)).sum(-1, keepdims=True) > 1.0
+            above = weights(jnp.exp(middle)).sum(-1, keepdims=True) > 1.0
             return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-        value = jax.lax.fori_loop(0, 40, halve, (best - beta * (1.0 - 1e-6), best))[1]
-        log_policy = jax.nn.log_softmax(jnp.log(beta * reference / (beta + value - q)), -1)
-        return (jnp.exp(log_policy) * q).sum(-1), log_policy
+        # Of u = β + V − max Q, between β π_ref of the best and β; its logarithm, as π_ref may be tiny.
+        bounds = jnp.log(beta * share), jnp.broadcast_to(jnp.log(beta), share.shape)
+        u = jnp.exp(jax.lax.fori_loop(0, 60, halve, bounds)[1])
+        log_policy = jax.nn.log_softmax(jnp.log(weights(u)), -1)
+        return jnp.where(possible, jnp.exp(log_policy) * q, 0.0).sum(-1), log_policy
 
     return _backwards(tree, step)
 
@@ -158,8 +166,8 @@ def expectation(tree: Tree, log_policy: Sequence[Array], per_token: Sequence[Arr
 
     def step(after: Array, t: int) -> tuple[Array, Array]:
         probability = jnp.exp(log_policy[t])
-        # What has no probability may be worth −inf.
-        value = jnp.where(probability > 0, probability * (per_token[t] + after), 0.0).sum(-1)
+        # What has no probability may be worth −inf, in the gradient as well.
+        value = (probability * jnp.where(probability > 0, per_token[t] + after, 0.0)).sum(-1)
         return value, value
 
     return _backwards(tree, step)[0][0]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl import ops
 from jrl.networks import transformer
@@ -116,7 +117,8 @@ def generate(
         :class:`Generated`, ``R = G · num_samples`` texts.
 
     Raises:
-        ValueError: ``P + max_new_tokens`` exceeds the context; ``end_token`` is not in the vocabulary.
+        ValueError: ``P + max_new_tokens`` exceeds the context; ``end_token`` is not in the vocabulary; ``lengths`` are
+            not one for each prompt, or (where they are known) not 1 to ``P``.
     """
     (G, P), S, T = prompts.shape, settings.num_samples, settings.max_new_tokens
     check_lengths(config, P, T)
@@ -125,6 +127,12 @@ def generate(
             f"end_token={settings.end_token} is outside the vocabulary of {config.vocab_size} tokens; use -1 for none."
         )
     R = G * S
+    if jnp.shape(lengths) != (G,):
+        raise ValueError(f"lengths of shape {jnp.shape(lengths)} for {G} prompts: expected [{G}].")
+    if not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        if not ((known >= 1) & (known <= P)).all():
+            raise ValueError(f"lengths={known.tolist()} of prompts of {P} tokens: must be 1 to {P}.")
     lengths = jnp.asarray(lengths)
     N = min(settings.num_slots or R, R)
     read, prefix = transformer.prefill(params, config, prompts, lengths, transformer.init_cache(config, G, P))

@@ -109,8 +109,8 @@ def allowed(grammar: Automaton, state: Array, eos: int, remaining: Array | int |
 def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
     """Compile a regular expression over single-character symbols.
 
-    ``a b`` concatenation (no blanks), ``a|b``, ``a*``, ``a+``, ``a?``, ``a{2}``, ``a{2,5}``, ``(…)``, ``[a-z,]``,
-    ``.`` for any symbol, ``\\`` before a special character. The whole text must match.
+    ``a b`` concatenation (no blanks), ``a|b``, ``a*``, ``a+``, ``a?``, ``a{2}``, ``a{2,5}``, ``a{2,}``, ``(…)``,
+    ``[a-z,]``, ``.`` for any symbol, ``\\`` before a special character. The whole text must match.
 
     Source: Thompson 1968, "Regular Expression Search Algorithm", https://doi.org/10.1145/363347.363387, and the
     subset construction (Rabin and Scott 1959).
@@ -163,11 +163,17 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
             case "[":
                 place += 1
                 letters: set[str] = set()
+                if peek() == "^":
+                    raise fail(
+                        "sets of what is not in them are not known; a character ^ is written \\^, and '^'"
+                    )
                 while peek() != "]":
                     low = high = literal()
                     if peek() == "-" and pattern[place + 1 : place + 2] not in ("]", ""):
                         place += 1
                         high = literal()
+                    if high < low:
+                        raise fail(f"a range from {low!r} to {high!r}, which holds nothing,")
                     letters |= {chr(code) for code in range(ord(low), ord(high) + 1)}
                 place += 1
                 edges[first].append((tokens_of(letters), last))
@@ -190,12 +196,12 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
             place += 1
         elif peek() == "{":
             inside, closed, _ = pattern[place + 1 :].partition("}")
-            low, _, high = inside.partition(",")
+            low, comma, high = inside.partition(",")
             if not closed or not low.isdecimal() or not (high or low).isdecimal():
-                raise fail("a repetition must be {2} or {2,5}")
-            least, most = int(low), int(high or low)
+                raise fail("a repetition must be {2}, {2,5} or {2,}")
+            least, most = int(low), -1 if comma and not high else int(high or low)
             place += len(inside) + 2
-            if most < least:
+            if 0 <= most < least:
                 raise fail(f"a repetition of at least {least} and at most {most}")
         if (least, most) == (1, 1):
             return piece

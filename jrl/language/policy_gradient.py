@@ -62,7 +62,7 @@ class Config:
     num_minibatches: int = 1
     """Parts of a batch, each one gradient step; must divide num_prompts × group_size."""
     adaptive_kl: bool = False
-    """Let β follow target_kl (Ziegler et al., 2019) instead of staying kl_coef."""
+    """Let β follow target_kl (Ziegler et al., 2019) instead of staying kl_coef, which must then be above 0."""
     cache: bool = False
     """Generate with the model's memory (a key/value cache) instead of reading every prefix anew."""
     model: str = "mlp"
@@ -123,7 +123,8 @@ class HParams:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     kl_coef: float = 0.0
-    """β of the penalty towards the reference; 0.05 to 0.15 is usual where there is a pretrained one."""
+    """β of the penalty towards the reference; 0.05 to 0.15 is usual where there is a pretrained one. With adaptive_kl
+    β begins with it and is multiplied: from 0 it never leaves 0."""
     target_kl: float = 6.0
     """With adaptive_kl: the divergence from the reference (nats a text) that β steers to."""
     kl_horizon: float = 10_000.0
@@ -355,9 +356,9 @@ def make(
         state, metrics = update(state, batch, update_key, hparams)
         if config.adaptive_kl:
             error = jnp.clip(report["kl"] / hparams.target_kl - 1.0, -0.2, 0.2)
-            state = dataclasses.replace(
-                state, kl_coef=kl_coef * (1.0 + error * num_texts / hparams.kl_horizon)
-            )
+            # The paper's factor is 1 to a few per cent; a batch larger than the horizon must not make β negative.
+            factor = jnp.maximum(1.0 + error * num_texts / hparams.kl_horizon, 0.5)
+            state = dataclasses.replace(state, kl_coef=kl_coef * factor)
         state = dataclasses.replace(
             state,
             rollout=next_prompts(reset_key, hparams),

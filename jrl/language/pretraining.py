@@ -178,18 +178,27 @@ def batches(corpus: Corpus, model: transformer.Config, config: Config) -> tuple[
         return draw, length
     length = tokens.shape[1] - 1
     transformer.check_length(model, length)
-    weight = np.asarray(corpus.weight, np.float32)
-    if weight.shape != tokens.shape or not weight[:, 1:].any():
-        raise ValueError(
-            f"rows {tokens.shape} with weight {weight.shape}: every token needs one, and some token after "
-            "the first of its row one above 0."
-        )
+    weight = _weight(tokens, corpus.weight)
 
     def draw_rows(key: Key) -> tuple[Array, Array]:
         row = jax.random.randint(key, (config.batch_size,), 0, len(tokens))
         return jnp.asarray(tokens)[row].astype(jnp.int32), jnp.asarray(weight)[row]
 
     return draw_rows, length
+
+
+def _weight(tokens: np.ndarray, given: Any) -> np.ndarray:
+    """Return the weights of rows; raises ValueError where they are none."""
+    weight = np.asarray(given, np.float32)
+    if weight.shape != tokens.shape or not weight[:, 1:].any():
+        raise ValueError(
+            f"rows {tokens.shape} with weight {weight.shape}: every token needs one, and some token after "
+            "the first of its row one above 0."
+        )
+    if not (np.isfinite(weight) & (weight >= 0)).all():
+        wrong = weight[~(np.isfinite(weight) & (weight >= 0))][0]
+        raise ValueError(f"a token of weight {wrong}: weights are finite and at least 0.")
+    return weight
 
 
 def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
@@ -258,11 +267,16 @@ def evaluate(
     once.
 
     A stream is cut into windows one after the other; a prediction sees its own window only.
+
+    Raises:
+        ValueError: a token outside the vocabulary, a stream of fewer than two, or rows whose weights do not fit.
     """
     config = checks.config(config, Config)
     tokens = np.asarray(corpus.tokens)
     _check_tokens(tokens, model.vocab_size)
     if tokens.ndim == 1:
+        if len(tokens) < 2:
+            raise ValueError(f"a corpus of {len(tokens)} token: nothing follows it that could be predicted.")
         length = min(config.sequence_length or model.max_length, len(tokens) - 1)
         windows = -(-(len(tokens) - 1) // length)
         at = np.arange(windows)[:, None] * length + np.arange(
@@ -270,7 +284,7 @@ def evaluate(
         )  # the next begins with this one's last
         tokens, weight = tokens[np.minimum(at, len(tokens) - 1)], (at < len(tokens)).astype(np.float32)
     else:
-        weight = np.asarray(corpus.weight, np.float32)
+        weight = _weight(tokens, corpus.weight)
     batch = min(config.batch_size, len(tokens))
     short = -len(tokens) % batch
     tokens, weight = (

@@ -133,8 +133,8 @@ def count(words: Lexicon, text: Text) -> Array:
 def polarity(words: Lexicon) -> Score:
     """``(P − N) / (P + N)``, what a text's words are worth above and below 0; 0 where it has none of the lexicon.
 
-    The balance of a dictionary of sentiment (Stone et al., 1966, "The General Inquirer"). A good word said twice is
-    worth no more than one said once.
+    The balance of a dictionary of sentiment (Stone et al., 1966, "The General Inquirer"). Where no bad
+    word is said, a good one said twice is worth no more than one said once.
     """
 
     def score(text: Text) -> Array:

@@ -68,12 +68,22 @@ def environment(
         name: for messages and records.
 
     Raises:
-        ValueError: no pair, a source without a reference, or as :func:`~jrl.language.environments.token_mdp`.
+        ValueError: no pair, a source without a reference, one that cannot be said, or as
+            :func:`~jrl.language.environments.token_mdp`.
     """
     if not pairs or not all(pairs.values()):
         raise ValueError(
             f"{name}: {len(pairs)} sources, each of which needs a reference: there is nothing to say."
         )
+    if separator == eos:
+        raise ValueError(f"{name}: separator={separator} is the end, eos, too: use two tokens.")
+    for source, targets in pairs.items():
+        for token in (token for target in targets for token in target):
+            if not 0 <= token < vocab_size or token == eos:
+                what = "the end, which is put behind it" if token == eos else f"none of {vocab_size} tokens"
+                raise ValueError(
+                    f"{name}: a reference of {source} has token {token}, {what}: it could not be said."
+                )
     sources = [[*source, separator] for source in pairs]
     tokens, lengths = _table(sources)
     most = max(map(len, pairs.values()))
