@@ -89,6 +89,7 @@ def follow(
     gamma: Array | float,
     gae_lambda: Array | float = 0.95,
     params: PyTree = None,
+    in_rewards: Callable[[Array], Array] | None = None,
 ) -> Episode:
     """Let a policy act and record what it expected: values and advantages step by step.
 
@@ -101,6 +102,9 @@ def follow(
         gamma: discount factor.
         gae_lambda: λ of the advantages.
         params: of the environment; None means ``env.params``.
+        in_rewards: from what the policy tells to the unit of the rewards, where it is another one: of R2D2
+            ``lambda q: ops.unscale_value(q, hparams.rescale_eps)``, of PPO with normalised rewards
+            ``lambda value: value * normalize.reward_scale(state.reward_scaling)``; None leaves it.
 
     Raises:
         ValueError: the policy's extras have neither ``value`` nor ``q``.
@@ -111,10 +115,9 @@ def follow(
 
     def value_of(extras: PyTree) -> Array:
         known = extras if isinstance(extras, dict) else {}
-        if "value" in known:
-            return known["value"]
-        if "q" in known:
-            return known["q"].max(-1)
+        if "value" in known or "q" in known:
+            told = known["value"] if "value" in known else known["q"].max(-1)
+            return told if in_rewards is None else in_rewards(told)
         raise ValueError(
             f"follow(policy): its extras are {sorted(known)}, of which none is a value; take the policy of ppo, a2c, "
             "reinforce or dqn, or one whose third result has 'value' or 'q'."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from jrl import driver, inspection, plots, records
+from jrl import driver, inspection, normalize, ops, plots, records
+from jrl.types import Array
 
 
 def inspect(
@@ -35,9 +37,18 @@ def inspect(
     driver.check_numbers(num_steps=num_steps, seed=seed)
     loaded = driver.load(path, step)
     policy = loaded.algo.policy(loaded.state)
-    gamma = getattr(loaded.hparams, "gamma", 1.0)
+    in_rewards = _unit(loaded.hparams, loaded.state)
     follow = jax.jit(
-        lambda key, policy: inspection.follow(key, loaded.env, policy, num_steps=num_steps, gamma=gamma)
+        lambda key, policy: inspection.follow(
+            key,
+            loaded.env,
+            policy,
+            num_steps=num_steps,
+            gamma=getattr(loaded.hparams, "gamma", 1.0),
+            gae_lambda=getattr(loaded.hparams, "gae_lambda", 0.95),
+            params=getattr(loaded.hparams, "env", None),
+            in_rewards=in_rewards,
+        )
     )
     files = [Path(path) / "episode.png"]
     episode_figure(jax.device_get(follow(jax.random.key(seed), policy)), out=files[0])
@@ -50,11 +61,21 @@ def inspect(
         value = extras["value"] if "value" in extras else extras["q"].max(-1)
         files.append(Path(path) / "grid.png")
         grid_figure(
-            np.asarray(value).reshape(rows, columns),
+            np.asarray(in_rewards(value)).reshape(rows, columns),
             inspection.ARROWS[np.asarray(action)].reshape(rows, columns, 2),
             out=files[1],
         )
     return files
+
+
+def _unit(hparams: Any, state: Any) -> Callable[[Array], Array]:
+    """Return what takes the values that a policy tells to the unit of its rewards."""
+    if hasattr(hparams, "rescale_eps"):
+        return lambda q: ops.unscale_value(q, hparams.rescale_eps)
+    scaling = getattr(state, "reward_scaling", ())
+    if isinstance(scaling, normalize.RewardScaling):
+        return lambda value: value * normalize.reward_scale(scaling)
+    return lambda value: value
 
 
 def episode_figure(episode: Any, *, out: str | os.PathLike | None = None) -> Figure:

@@ -219,6 +219,11 @@ def scale_reward(
     return RewardScaling(statistics, running_return), scaled
 
 
+def reward_scale(scaling: RewardScaling) -> Array:
+    """Return what :func:`scale_reward` divides rewards by, ``[]``; times it, a value learned so is in rewards."""
+    return jnp.sqrt(variance(scaling.statistics) + EPSILON)
+
+
 def _lead(statistics: RunningStatistics, batch: PyTree) -> tuple[int, ...]:
     """Return the leading axes of a batch, the same for every leaf."""
     leads = set()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import cli, dqn, inspection, networks, ppo, td3
+from jrl import cli, dqn, inspection, inspection_plots, networks, ops, ppo, r2d2, td3
 from jrl.envs import to_mdp
 from jrl.ops import mdp
 
@@ -58,6 +58,26 @@ def test_following_a_policy_gives_the_advantages_of_its_rewards():
         for t in range(end - 2, end + 1):
             expected = 0.9 ** (end - t) * seen.reward[end] - seen.value[t]
             np.testing.assert_allclose(seen.advantage[t], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_values_are_brought_to_the_unit_of_rewards():
+    """Reward 1 for ever, γ = 0.9: values are 10 and no step has an advantage, whatever unit was learned in."""
+    env = jrl.make("ProbeTruncation-jrl")
+    config = ppo.Config(
+        num_envs=16, unroll_length=16, hidden_sizes=(16,), normalize_rewards=True, clip_value=False
+    )
+    hparams = ppo.HParams(gamma=0.9, learning_rate=1e-2, anneal_env_steps=256.0 * 200)
+    algo = ppo.make(env, config)
+    state, _ = jrl.train(algo, jax.jit(algo.init)(jax.random.key(0), hparams), hparams, num_steps=200)
+    seen = inspection.follow(
+        jax.random.key(1), env, algo.policy(state), num_steps=8, gamma=0.9,
+        params=env.params._replace(max_steps=2), in_rewards=inspection_plots._unit(hparams, state),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.flatnonzero(seen.truncated), [1, 3, 5, 7])
+    np.testing.assert_allclose(seen.value, 10.0, rtol=0.05)
+    np.testing.assert_allclose(seen.advantage, 0.0, atol=0.5)
+    told = inspection_plots._unit(r2d2.HParams(), None)(ops.rescale_value(jnp.float32(7.0)))
+    np.testing.assert_allclose(told, 7.0, rtol=1e-4)
 
 
 def test_a_policy_that_tells_no_value():

@@ -96,6 +96,24 @@ def test_a_policy_learns_to_learn_where_the_goal_is():
     assert returns[1] > returns[0] + 10.0
 
 
+def test_returns_are_those_of_first_episodes_as_far_as_they_go():
+    """Two steps of CartPole end no episode, and are worth 2."""
+    env = jrl.make("CartPole-v1")
+    config = maml.Config(
+        num_tasks=2, num_envs=3, unroll_length=2, hidden_sizes=(4,), task_parameter="gravity"
+    )
+    algo, hparams = maml.make(env, config), maml.HParams(task_low=9.0, task_high=10.0)
+    state = algo.init(jax.random.key(0), hparams)
+    _, returns = maml.adaptation(env, config)(jax.random.key(1), state.params, hparams, 1)
+    np.testing.assert_array_equal(returns, [2.0, 2.0])
+    _, metrics = jax.jit(algo.step)(state, hparams)
+    assert (metrics["num_episodes"], metrics["initial_episode_return"], metrics["episode_return"]) == (
+        0,
+        2.0,
+        2.0,
+    )
+
+
 def test_what_cannot_be_meta_learned_says_so():
     with pytest.raises(
         ValueError, match=r"task_parameter='goal': Pendulum-v1 has no such parameter .*; it has "

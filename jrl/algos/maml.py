@@ -203,8 +203,9 @@ def make(
             ops.counter.add(state.env_steps, per_step),
             next_key,
         )
-        return state, summarize(after) | {
-            "initial_episode_return": summarize(before)["episode_return"],
+        return state, summarize(after[0]) | {
+            "episode_return": after[1].mean(),
+            "initial_episode_return": before[1].mean(),
             "loss": value,
             "grad_norm": global_norm(grads),
             "learning_rate": learning_rate,
@@ -223,7 +224,8 @@ def adaptation(
     """Return ``(key, params, hparams, num_steps) -> (params, returns [num_steps + 1])``: learning one task.
 
     The task is that of ``hparams.env``; ``num_steps`` is static, the rest may be jitted and vmapped. Each entry of
-    ``returns`` is the mean return of ``config.num_envs`` sampled episodes, before the first step and after each.
+    ``returns`` is the mean return of ``config.num_envs`` sampled episodes, as far as ``config.unroll_length`` steps go,
+    before the first step and after each.
     """
     config = checks.config(config, Config)
     _, surrogate = _surrogate(env, config, network)
@@ -239,7 +241,7 @@ def adaptation(
             has_aux=True,
         )
         _, (_, last) = surrogate(params, keys[-1], task, hparams)
-        return params, jnp.append(seen["episode_return"], last["episode_return"])
+        return params, jnp.append(seen[1], last[1])
 
     return adapt
 
@@ -247,7 +249,11 @@ def adaptation(
 def _surrogate(
     env: Environment, config: Config, network: Any
 ) -> tuple[on_policy.Actor, Callable[..., tuple[Array, tuple]]]:
-    """Return the actor, and ``(params, key, env_params, hparams) -> (loss, (rollout, episode metrics))``."""
+    """Return the actor, and ``(params, key, env_params, hparams) -> (loss, (rollout, (metrics, first return)))``.
+
+    The metrics are those of all episodes that end, the return is the mean of each environment's first one, whole or
+    not: that of what is learned from.
+    """
     actor = on_policy.actor(
         env, config.num_envs, network, lambda: networks.actor_critic(env, config, features_first=True)
     )
@@ -281,7 +287,8 @@ def _surrogate(
         log_prob = actor.distribution(head).log_prob(transitions.action)
         ratio = jnp.exp(log_prob - jax.lax.stop_gradient(log_prob))
         gain = ratio * advantages(transitions, used, hparams.gamma)
-        return -jnp.where(used, gain, 0.0).sum() / used.sum(), (last, metrics)
+        first_return = jnp.where(used, transitions.reward, 0.0).sum(0).mean()
+        return -jnp.where(used, gain, 0.0).sum() / used.sum(), (last, (metrics, first_return))
 
     return actor, surrogate
 

@@ -145,6 +145,28 @@ def test_a_start_may_be_a_parameter():
     np.testing.assert_array_equal(to_mdp(fixed, 0.9).start, [0, 1, 0, 0])
 
 
+def test_parameters_of_another_shape_or_range_are_refused():
+    refused = {
+        "GridWorld-jrl": [({"cells": [0, 0, 0, 1]}, r"params.cells has shape \(4,\), where \(16,\)"),
+                          ({"cells": [3] * 16}, "leaves no free cell"), ({"start": 2.5}, "start=2.5 is no whole"),
+                          ({"max_steps": 0}, "max_steps=0: must be at least 1")],
+        "TrafficLight-jrl": [({"switch": 1.5}, r"switch=1.5: must be in \[0, 1\]"),
+                             ({"max_steps": float("nan")}, "max_steps=nan: must be at least 1")],
+        "RiverSwim-jrl": [({"advance": 0.9, "retreat": 0.5}, r"advance \+ retreat=1.4: must be in \[0, 1\]")],
+        "RandomMDP-jrl": [({"start": np.ones(3)}, r"params.start has shape \(3,\)")],
+    }  # fmt: skip
+    for name, cases in refused.items():
+        for params, message in cases:
+            with pytest.raises(ValueError, match=message):
+                jrl.make(name, params=params)
+    with pytest.raises(TypeError, match="CliffWalking-jrl: params is a int: expected a CliffParams"):
+        jrl.make("CliffWalking-jrl", params=5)
+    given = jrl.make("GridWorld-jrl", params={"cells": [0] * 15 + [1]})
+    assert to_mdp(given, 0.9).mdp.R.max() == 1.0
+    with pytest.raises(ValueError, match=r"P.* has entries down to nan"):
+        from_mdp(mdp.TabularMDP(np.full((2, 1, 2), np.nan), np.zeros((2, 1)), 0.9))
+
+
 def test_walls_slips_and_random_starts():
     env = jrl.make("GridWorld-jrl", rows=2, columns=2, goals=(3,), traps=(), walls=(1,), start=-1, slip=0.2)
     model = to_mdp(env, 0.9)

@@ -34,8 +34,12 @@ def test_texts_are_looked_up():
     np.testing.assert_array_equal(render(row, column), [[[1, 2], [6, 6]], [[3, -1], [4, -1]]])
     with pytest.raises(ValueError, match=r"table of 2 texts in the shape \(3,\): needs one for each"):
         control.table(TEXTS, (3,))
-    with pytest.raises(ValueError, match="at least one token"):
-        control.table([[1], []])
+    for wrong in ([[1], []], []):
+        with pytest.raises(ValueError, match="at least one token"):
+            control.table(wrong)
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"table: {wrong} is no token"):
+            control.table([[1], [wrong, 2]])
 
 
 def test_the_policy_is_the_distribution_over_the_words_of_the_actions(decoder):
@@ -50,7 +54,7 @@ def test_the_policy_is_the_distribution_over_the_words_of_the_actions(decoder):
     assert np.ptp(after) > 0.1
     new = control.policy_network(CONFIG, control.table(TEXTS), [3, 2]).init(jax.random.key(0), jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, {part: new[part] for part in decoder}, decoder)
-    for wrong in ([2, 2], [2, 7], [-1, 2]):
+    for wrong in ([2, 2], [2, 7], [-1, 2], [1.5, 2], []):
         with pytest.raises(ValueError, match=r"actions=.*different tokens of the vocabulary, 0 to 6"):
             control.policy_network(CONFIG, control.table(TEXTS), wrong)
 

@@ -101,6 +101,54 @@ def test_small_penalties_give_the_greedy_policy_and_large_ones_the_reference():
         assert exact.divergence(tree, policy(tree, uniform, 1e4), uniform) < 1e-6
 
 
+def one_token(values):
+    """A tree of one token, worth so much."""
+    reward = TokenReward(
+        lambda text: (),
+        lambda carry, text, over: (carry, jnp.asarray(values)[text.tokens[1]], jnp.bool_(False)),
+    )
+    env = token_mdp(
+        Prompts([[0]], [1]), reward, vocab_size=len(values), max_new_tokens=1, at_limit="terminate"
+    )
+    return exact.enumerate_prefixes(env)
+
+
+@pytest.mark.parametrize(
+    ("values", "reference"),
+    [
+        ([0.0, 1.0, 10.0], [0.5, 0.5, 0.0]),
+        ([0.0, 1.0, 2.0], [0.5, 0.5, 1e-8]),
+        ([0.0, 1.0, 20.0], [0.5, 0.5, 1e-9]),
+    ],
+)
+def test_where_grpo_comes_to_rest_solves_its_equation_for_tiny_references(values, reference):
+    """``π(a)(Q(a) − V) = β (π(a) − π_ref(a))`` with ``V = E[Q]``, against a solution in float64."""
+    reference, q, beta = np.array(reference) / np.sum(reference), np.array(values), 1.0
+    rest = np.exp(
+        exact.penalised_policy(one_token(values), [jnp.log(jnp.asarray(reference))[None]], beta)[0][0]
+    )
+    low, high = q[reference > 0].max() - beta * (1 - 1e-16), q[reference > 0].max()
+    for _ in range(200):
+        value = 0.5 * (low + high)
+        denominator = np.where(reference > 0, beta + value - q, 1.0)
+        low, high = (value, high) if (beta * reference / denominator).sum() > 1 else (low, value)
+    np.testing.assert_allclose(rest, beta * reference / denominator, atol=2e-3)
+
+
+def test_gradients_of_an_expectation_pass_by_what_is_never_said():
+    tree = one_token([0.0, 1.0, 2.0])
+    mask = jnp.array([True, True, False])
+
+    def kl(logits):
+        policy, other = (jax.nn.log_softmax(jnp.where(mask, x, -jnp.inf)) for x in (logits, jnp.zeros(3)))
+        return exact.divergence(tree, [policy[None]], [other[None]])
+
+    logits = jnp.array([0.3, -0.2, 0.1])
+    p = 1 / (1 + np.exp(-0.5))
+    slope = p * (1 - p) * np.log(p / (1 - p))
+    np.testing.assert_allclose(jax.grad(kl)(logits), [slope, -slope, 0.0], atol=1e-5)
+
+
 def test_there_is_a_prompt_of_that_number():
     with pytest.raises(ValueError, match="prompt=3: there are 1 prompts, 0 to 0"):
         exact.enumerate_prefixes(tasks.random_rewards(2, 2), prompt=3)

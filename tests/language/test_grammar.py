@@ -66,12 +66,22 @@ def test_every_text_drawn_under_the_mask_is_accepted_in_time():
     assert len({tuple(row) for row in tokens.tolist()}) > 5
 
 
+def test_a_repetition_without_an_end():
+    rules = grammar.compile("a{2,}b{0,}", ["a", "b"])
+    for text, inside in (("a", False), ("aa", True), ("aaaa", True), ("aaabb", True), ("abb", False)):
+        tokens = jnp.asarray(["ab".index(letter) for letter in text])
+        assert grammar.accepts(rules, tokens, len(text)) == inside
+
+
 def test_what_it_refuses():
+    for pattern, message in (("[^a]", "sets of what is not in them"), ("[c-a]|b", "a range from 'c' to 'a'")):
+        with pytest.raises(ValueError, match=message):
+            grammar.compile(pattern, ["a", "b", "c", "^"])
     for pattern, message in {
         "(ab": "not closed at character 3",
         "ab)": "never opened at character 2",
         "*a": "'*' has nothing before it at character 0",
-        "a{x}": "must be {2} or {2,5}",
+        "a{x}": "must be {2}, {2,5} or {2,}",
         "a{3,2}": "at least 3 and at most 2",
         "z": "accepts no text",
         "(" * 3000 + "a" + ")" * 3000: "parentheses are nested too deeply",

@@ -218,6 +218,19 @@ def test_bad_corpora_are_refused(content, text, tmp_path):
         data.read(tmp_path / "a.txt")
 
 
+def test_what_cannot_be_evaluated_is_refused():
+    params, rows = None, np.zeros((2, 4), int)
+    with pytest.raises(ValueError, match="a corpus of 1 token: nothing follows it"):
+        pretraining.evaluate(params, MODEL, Corpus(np.array([1])))
+    with pytest.raises(ValueError, match=r"rows \(2, 4\) with weight \(2, 3\)"):
+        pretraining.evaluate(params, MODEL, Corpus(rows, np.ones((2, 3))))
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"a token of weight {wrong}: weights are finite and at least 0"):
+            pretraining.evaluate(
+                params, MODEL, Corpus(rows, np.where(np.arange(4) == 1, wrong, np.ones((2, 4))))
+            )
+
+
 def test_what_does_not_fit_the_model_is_refused():
     with pytest.raises(ValueError, match=r"token 6 of the corpus is outside the vocabulary: .* vocab_size=6"):
         pretraining.make(Corpus(np.array([1, 6, 2])), MODEL)

@@ -36,6 +36,11 @@ def test_sources_keep_all_their_references():
     np.testing.assert_array_equal(spec.prompts.reference.length, [[3, -1], [1, 2], [1, -1]])
     with pytest.raises(ValueError, match=r"Translation: 1 sources, each of which needs a reference"):
         env_of({(1,): []})
+    for token, what in ((SIZE, "none of"), (-2, "none of"), (END, "the end, which is put behind it")):
+        with pytest.raises(
+            ValueError, match=rf"Translation: a reference of \(1,\) has token {token}, {what}"
+        ):
+            env_of({(1,): [[2, token]]})
 
 
 def test_the_reward_is_the_metric_of_the_nearest_reference():
