@@ -288,7 +288,7 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
     changed = {}
     for field, value in changes.items():
         default = getattr(params, field)
-        if jax.tree.structure(default) == jax.tree.structure(0):  # a number or an array, no record
+        if jax.tree_util.all_leaves([default]):  # a number or an array, no record
             value = np.asarray(value) if isinstance(value, list | tuple) else value
             if jnp.shape(value) != jnp.shape(default):
                 raise ValueError(

@@ -49,7 +49,7 @@ def table(texts: Sequence[Sequence[int]], shape: tuple[int, ...] | None = None) 
 
 
 def _is_token(token: object) -> bool:
-    return isinstance(token, int | np.integer) and not isinstance(token, bool) and token >= 0
+    return isinstance(token, int | np.integer) and not isinstance(token, bool) and bool(token >= 0)
 
 
 def next_token(params: Params, config: transformer.Config, tokens: Array) -> transformer.Output:
