@@ -168,7 +168,8 @@ def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environme
     """
     box = _bounded_box(env, "discretize_actions")
     size = int(np.prod(box.shape))
-    given = (bins,) * size if np.ndim(bins) == 0 else tuple(bins)  # type: ignore[arg-type]
+    numbers: Any = bins
+    given = (numbers,) * size if np.ndim(numbers) == 0 else tuple(numbers)
     whole = all(np.issubdtype(np.asarray(b).dtype, np.integer) for b in given)
     if len(given) != size or not whole or min(given) < 2:
         raise ValueError(
