@@ -153,7 +153,7 @@ def print_envs() -> None:
     table = Table("id", "observation", "actions", "time limit", box=None, padding=(0, 2, 0, 0))
     for env_id in envs.ids():
         env = envs.make(env_id)
-        limit = getattr(env.params, "max_steps_in_episode", None)
+        limit = getattr(env.params, "max_steps_in_episode", getattr(env.params, "max_steps", None))
         text = "-" if limit is None else f"{int(limit):,}"
         table.add_row(env_id, _shapes(env.observation), _action(env.action), text)
     progress.console().print(table, highlight=False)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrl.training import summarize
 from jrl.types import Algorithm, Array, Key, Metrics, PyTree, Shards
@@ -70,7 +70,8 @@ def data_parallel(
             "shards; use a multiple of the devices."
         )
     if num_shards == 1:
-        return make()
+        is_default = jnp.zeros(()).devices() == set(devices)
+        return make() if is_default else _placed(make(), devices[0])
     num_local = num_shards // len(devices)
     mesh = Mesh(np.array(devices), DEVICES)
     whole = make()
@@ -139,7 +140,20 @@ def data_parallel(
         )(state, keys, hparams)
         return dataclasses.replace(state, key=next_key), metrics
 
-    return Algorithm(init, step, whole.policy, whole.env_steps_per_step)
+    return whole._replace(init=init, step=step)
+
+
+def _placed(algo: Algorithm, device: jax.Device) -> Algorithm:
+    """Return ``algo`` with its state on ``device``; the numbers stay those of the run in one piece."""
+    there = NamedSharding(Mesh(np.array([device]), DEVICES), PartitionSpec())
+
+    def init(key: Key, hparams: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(algo.init(key, hparams), there)
+
+    def step(state: PyTree, hparams: PyTree) -> tuple[PyTree, Metrics]:
+        return jax.lax.with_sharding_constraint(algo.step(state, hparams), there)
+
+    return algo._replace(init=init, step=step)
 
 
 def _gather(metrics: Metrics) -> Metrics:

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl import ops
-from jrl.networks import distribution
+from jrl.networks import distribution, mask_aware
 from jrl.optim import adam
 from jrl.types import ActionSpace, Array, Key, Network, Params, PyTree
 
@@ -64,16 +65,23 @@ def fit(
         key: consumed.
         loss: ``(params, batch) -> scalar``, such as :func:`cloning_loss` or :func:`distillation_loss` give.
         params: where to start.
-        data: leaves ``[M, ...]``.
-        num_steps: gradient steps, static.
-        batch_size: rows of each, static.
+        data: leaves ``[M, ...]``, M ≥ 1.
+        num_steps: gradient steps, static, at least 1.
+        batch_size: rows of each, static, at least 1.
         learning_rate: Adam's step size, annealed linearly to 0.
         max_grad_norm: gradients are clipped to this global norm.
 
     Returns:
         The parameters, and the loss at every step, ``[num_steps]``.
+
+    Raises:
+        ValueError: ``data`` is empty or its leaves differ in length; ``num_steps`` or ``batch_size`` is no integer
+            of at least 1.
     """
-    rows = len(jax.tree.leaves(data)[0])
+    for name, size in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"fit({name}={size!r}): must be an integer of at least 1.")
+    rows = _num_rows(data)
 
     def step(carry: tuple[Params, PyTree], now: tuple[Key, Array]) -> tuple[tuple[Params, PyTree], Array]:
         params, opt_state = carry
@@ -97,10 +105,12 @@ def cloning_loss(network: Network, action: ActionSpace) -> Callable[[Params, PyT
     https://doi.org/10.1162/neco.1991.3.1.88.
 
     Args:
-        network: ``obs ↦ (policy head, value)`` without memory, as PPO's.
+        network: ``obs ↦ (policy head, value)`` without memory, as PPO's. Of a
+            :class:`~jrl.types.MaskedObservation` it sees the observation, and π leaves out what the mask forbids.
         action: the space that the head is for.
     """
     policy = distribution(action)
+    network = mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
 
     def loss(params: Params, batch: PyTree) -> Array:
         obs, action = batch
@@ -128,6 +138,21 @@ def distillation_loss(network: Network, temperature: float = 0.01) -> Callable[[
         return ops.Categorical(q / temperature).kl(ops.Categorical(student)).mean()
 
     return loss
+
+
+def _num_rows(data: PyTree) -> int:
+    shapes = {
+        jax.tree_util.keystr(p): jnp.shape(leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(data)
+    }
+    lengths = {shape[:1] for shape in shapes.values()}
+    # JAX clamps an index past the end: rows that do not belong together would be learned without a word.
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        found = ", ".join(f"data{path} {list(shape)}" for path, shape in shapes.items())
+        raise ValueError(
+            f"fit(data) with leaves of shapes {found or '(none)'}: all need one leading axis of the same length, at "
+            "least 1; give each row of one leaf its row of every other."
+        )
+    return int(lengths.pop()[0])
 
 
 def _copy(tree: PyTree) -> PyTree:

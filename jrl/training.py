@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.algos import checks
 from jrl.rollout import reset_memory
 from jrl.types import Algorithm, Array, Environment, Key, Metrics, Policy, PyTree
 
@@ -116,7 +117,7 @@ def evaluate(
 
     Raises:
         TypeError: ``env`` or ``policy`` is not what it should be.
-        ValueError: ``num_episodes``, ``num_envs`` or ``max_steps`` is not in 1 … 2³¹ − 1.
+        ValueError: ``num_episodes``, ``num_envs`` or ``max_steps`` is not in 1 … 2³¹ − 1; ``env`` is vectorised.
     """
     for name, value in (("num_episodes", num_episodes), ("num_envs", num_envs), ("max_steps", max_steps)):
         if value is not None and value < 1:
@@ -135,7 +136,12 @@ def evaluate(
         policy = Policy(_call_without_params(policy))
     params = env.params if params is None else params
     num_envs = min(num_episodes, num_envs or 1024)
-    return _evaluate(key, env.reset, env.step, policy, params, num_episodes, num_envs, max_steps)
+    try:
+        return _evaluate(key, env.reset, env.step, policy, params, num_episodes, num_envs, max_steps)
+    except (TypeError, ValueError):
+        # Looked at only now, as it costs a trace: an environment that is vectorised already always ends here.
+        checks.environment(env._replace(params=params))
+        raise
 
 
 @functools.cache

@@ -228,6 +228,10 @@ def test_dqn_and_its_replay(same_rate, tmp_path):
         ("sample", True, 8),
         ("add", True, 8),
     ]
+    assert [r["held"] for r in replays] == [12] * 4  # eight and the row under way, of four environments
+    assert report.row(replays[0])[0] == "replay sample, uniform, 12"
+    del replays[0]["held"]  # as in records from before there was such a field
+    assert report.row(replays[0])[0] == "replay sample, uniform, 8"
     assert [r["units"] for r in replays] == [4, 4, 4, 4]
     assert all(r["unit"] == "transitions/s" for r in replays)
     assert (tmp_path / "out.png").stat().st_size > 1_000
@@ -309,7 +313,9 @@ def test_an_update_that_is_noise_is_no_result(same_rate, monkeypatch):
             ["env", *ENV, "--repeats", "4"],
             "--repeats 4: must be at least 5, or the median and its spread say",
         ),
-        (["env", *ENV, "--seconds", "0"], "--seconds 0.0: must be above 0."),
+        (["env", *ENV, "--seconds", "0"], "--seconds 0.0: must be above 0"),
+        (["env", *ENV, "--seconds", "inf"], "--seconds inf: must be above 0 and finite."),
+        (["env", *ENV, "--json", "."], "--json .: is a folder; name a file in it."),
         (["env", *ENV, "--plot", "x.txt"], "--plot x.txt: must end in .png."),
         (["memory", *ENV, "--plot", "x.png"], "--plot x.png: nothing of memory scales; leave it out"),
         (["sweep", *ENV, "--members"], "--members: needs at least one value."),

@@ -56,10 +56,12 @@ def test_tables_of_environments_and_algorithms(monkeypatch, capsys):
     from jrl import envs
 
     monkeypatch.setenv("COLUMNS", "150")
-    monkeypatch.setattr(envs, "ids", lambda: ["CartPole-v1", "Pendulum-v1"])
+    monkeypatch.setattr(envs, "ids", lambda: ["CartPole-v1", "Pendulum-v1", "GridWorld-jrl"])
     doctor.print_envs()
     table = capsys.readouterr().out
-    assert "CartPole-v1  float32[4]   Discrete(2)  500" in table
+    rows = [line.split() for line in table.splitlines()]
+    assert ["CartPole-v1", "float32[4]", "Discrete(2)", "500"] in rows
+    assert ["GridWorld-jrl", "float32[16]", "Discrete(4)", "100"] in rows  # its field is max_steps
     assert "Box((1,))" in table
     assert "MovieBooking-jrl needs --env-kwarg data=FOLDER" in table
     doctor.print_algos()

@@ -204,3 +204,22 @@ def test_one_shard_is_the_run_in_one_piece():
     np.testing.assert_array_equal(
         jax.jit(one.step)(start, HPARAMS)[1]["loss"], jax.jit(whole.step)(start, HPARAMS)[1]["loss"]
     )
+
+
+@pytest.mark.optimized  # the same bits as the run in one piece
+def test_one_device_that_is_not_the_default_one_computes_the_run():
+    device = jax.devices()[3]
+    whole = CASES["discrete"]()
+    there = data_parallel(CASES["discrete"], [device])
+    state = jax.jit(there.init)(jax.random.key(0), HPARAMS)
+    stepped, metrics = jax.jit(there.step)(state, HPARAMS)
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves((state, stepped, metrics)))
+    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
+    assert_close((stepped, metrics), jax.jit(whole.step)(start, HPARAMS), rtol=0)
+
+
+def test_it_says_which_environment_it_was_made_for():
+    make = make_ppo()
+    env = make.args[0]
+    for algo in (data_parallel(make, jax.devices()[:2]), data_parallel(make, [jax.devices()[3]])):
+        assert algo.env is env

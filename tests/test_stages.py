@@ -13,7 +13,7 @@ import jrl
 from jrl import dqn, networks, ppo, sac, stages, tabular
 from jrl.envs import to_mdp
 from jrl.ops import mdp
-from jrl.types import Network
+from jrl.types import MaskedObservation, Network
 
 GAMMA = 0.95
 SIZES = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
@@ -59,6 +59,36 @@ def test_parameters_of_another_network():
         ValueError, match=r"is missing, where the algorithm has .*: the networks must be built alike"
     ):
         jrl.warm_start(state, {"params": {}})
+
+
+@pytest.mark.parametrize(("data", "sizes", "message"), [
+    ((jnp.zeros((100, 4)), jnp.zeros(50)), {}, r"data\[0\] \[100, 4\], data\[1\] \[50\]: all need one leading axis"),
+    ((jnp.zeros((0, 4)), jnp.zeros(0)), {}, r"data\[0\] \[0, 4\], .* at least 1"),
+    ({"x": jnp.zeros(3), "y": 1.0}, {}, r"data\['x'\] \[3\], data\['y'\] \[\]"),
+    ((), {}, r"shapes \(none\)"),
+    (jnp.zeros(3), {"batch_size": 0}, r"fit\(batch_size=0\): must be an integer of at least 1"),
+    (jnp.zeros(3), {"num_steps": 2.5}, r"fit\(num_steps=2\.5\): must be an integer of at least 1"),
+])  # fmt: skip
+def test_data_that_cannot_be_fitted(data, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        stages.fit(
+            jax.random.key(0),
+            lambda params, batch: params,
+            jnp.float32(0),
+            data,
+            **{"num_steps": 2, "batch_size": 4} | sizes,
+        )
+
+
+def test_cloning_sees_the_mask_as_ppo_does():
+    env = jrl.envs.action_mask(jrl.make("CartPole-v1"), lambda obs, params: jnp.array([True, False]))
+    network = networks.as_network(networks.actor_critic(env, ppo.Config(hidden_sizes=(8,))))
+    params = network.init(jax.random.key(0), jnp.zeros(4), ())
+    obs = MaskedObservation(jnp.ones((5, 4)), jnp.tile(jnp.array([True, False]), (5, 1)))
+    loss = stages.cloning_loss(network, env.action)
+    # One action is allowed: it has all the probability. Without the mask two share it.
+    assert loss(params, (obs, jnp.zeros(5, jnp.int32))) == 0.0
+    assert loss(params, (obs.obs, jnp.zeros(5, jnp.int32))) > 0.1
 
 
 # -------------------------------------------------------------------------------- how much sooner it arrives

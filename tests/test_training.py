@@ -273,6 +273,13 @@ def test_greedy_against_sampled():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("num_envs", "num_episodes"), [(1, 1), (3, 3), (3, 4)])
+def test_a_vectorised_environment_is_named(num_envs, num_episodes):
+    many = jrl.envs.vectorize(ENV, num_envs)
+    with pytest.raises(ValueError, match=r"takes a single environment .*: leave out jrl\.envs\.vectorize"):
+        jrl.evaluate(KEY, many, idle, num_episodes=num_episodes, max_steps=5)
+
+
 @pytest.mark.parametrize("name", ["num_episodes", "num_envs", "max_steps"])
 def test_a_number_below_one_is_an_error(name):
     with pytest.raises(ValueError, match=rf"evaluate\({name}=0\): must be at least 1\."):

@@ -347,7 +347,14 @@ def _replay(
     def add(index: Array, state: Any, block: Transition) -> Any:
         return buffer.add(state, block)
 
-    fields: Record = {"capacity": capacity, "prioritized": prioritized, "batch_size": batch_size}
+    # What was asked for, and what the ring's whole blocks hold: several times as much where there are many
+    # environments.
+    fields: Record = {
+        "capacity": capacity,
+        "held": rows * num_envs,
+        "prioritized": prioritized,
+        "batch_size": batch_size,
+    }
     state = filled(block)
     carry = (jax.random.key(0), zeros(jax.eval_shape(draw, jax.random.key(0), state)))
     # A transition drawn (or written) is read once and written once.

@@ -22,7 +22,7 @@ class Options:
     members: tuple[int, ...] = (1, 8)
     """Seeds side by side, for sweep (of the first --num-envs) and, the largest of them, for memory."""
     capacities: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Transitions the replay holds, for replay."""
+    """Transitions the replay holds at least, for replay; rounded up to whole blocks of steps."""
     repeats: int = MIN_REPEATS
     """Timed repeats after a warm-up, at least five."""
     seconds: float = 0.5
@@ -45,7 +45,9 @@ class Options:
                 f"--repeats {self.repeats}: must be at least {MIN_REPEATS}, or the median and its spread say "
                 "little; for a quick look lower --seconds instead."
             )
-        if not self.seconds > 0:
-            raise ValueError(f"--seconds {self.seconds}: must be above 0.")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds {self.seconds}: must be above 0 and finite.")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"--json {self.json}: is a folder; name a file in it.")
         if self.plot is not None and self.plot.suffix.lower() != ".png":
             raise ValueError(f"--plot {self.plot}: must end in .png.")

@@ -66,7 +66,7 @@ def row(record: Record) -> list[str]:
         return ["memory of the program", *sizes, size(total), "", f"peak {size(_peak(record))}", "", ""]
     if what == "replay":
         kind = "prioritised" if record["prioritized"] else "uniform"
-        what = f"replay {record['operation']}, {kind}, {short(record['capacity'])}"
+        what = f"replay {record['operation']}, {kind}, {short(_held(record))}"
     roofline = record["roofline"]
     return [
         what,
@@ -82,6 +82,11 @@ def row(record: Record) -> list[str]:
 def _peak(record: Record) -> float:
     """Return the device's peak where it has memory of its own, else the process's."""
     return record["device"].get("peak_bytes_in_use", record["peak_rss"]["running"])
+
+
+def _held(record: Record) -> int:
+    """Return the transitions a replay holds: whole blocks, more than was asked for. Older records lack it."""
+    return record.get("held", record["capacity"])
 
 
 def short(value: float) -> str:
@@ -136,8 +141,8 @@ def plot(records: Sequence[Record], out: Path) -> None:
         groups: dict[str, list[Record]] = {}
         for r in replays:
             kind = "prioritised" if r["prioritized"] else "uniform"
-            groups.setdefault(f"{r['operation']}, {kind}", []).append(r)
-        panels.append(("transitions held", "seconds a call", "capacity", "seconds", groups))
+            groups.setdefault(f"{r['operation']}, {kind}", []).append({**r, "held": _held(r)})
+        panels.append(("transitions held", "seconds a call", "held", "seconds", groups))
 
     figure = Figure(figsize=(0.6 + 4.4 * len(panels), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -155,7 +160,7 @@ def plot(records: Sequence[Record], out: Path) -> None:
             axes.errorbar(
                 x, y, (below, above), color=colour, marker="o", ms=4, lw=1.6, capsize=2.5, label=label
             )
-        axes.set_xscale("log", base=10 if x_name == "capacity" else 2)
+        axes.set_xscale("log", base=10 if x_name == "held" else 2)
         axes.set_yscale("log")
         axes.set_xticks(ticks, [short(tick).replace(" ", "") for tick in ticks])
         axes.minorticks_off()

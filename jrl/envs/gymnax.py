@@ -161,7 +161,7 @@ def to_gymnax(env: Environment) -> Any:
 
     Its ``reset`` and ``step`` are jrl's: for equal keys they give the same. The state is a record of jrl's
     state (``env_state``), ``time`` and the last ``truncated``; the parameters one of jrl's (``env``) and
-    ``max_steps_in_episode``, which where jrl's have a field ``max_steps`` takes its place. ``step_env`` is
+    ``max_steps_in_episode``, which where jrl's have that field, or ``max_steps``, takes its place. ``step_env`` is
     there for tools that reset by themselves; as jrl's environments reset within the step, the state it
     returns after an episode's end is already that of the next.
 
@@ -198,10 +198,16 @@ def _reverse_adapter() -> type:
     class Params(environment.EnvParams):
         env: Any = ()
 
+    def limit_name(params: Any) -> str | None:
+        return next((name for name in ("max_steps_in_episode", "max_steps") if hasattr(params, name)), None)
+
     def env_params(params: Any) -> PyTree:
-        if hasattr(params.env, "max_steps"):
-            return params.env._replace(max_steps=params.max_steps_in_episode)
-        return params.env
+        name = limit_name(params.env)
+        if name is None:
+            return params.env
+        limit = {name: params.max_steps_in_episode}
+        named_tuple = hasattr(params.env, "_replace")
+        return params.env._replace(**limit) if named_tuple else dataclasses.replace(params.env, **limit)
 
     class FromJrl(environment.Environment):
         """A jrl Environment as gymnax has them."""
@@ -215,7 +221,8 @@ def _reverse_adapter() -> type:
 
         @property
         def default_params(self) -> Any:
-            limit = getattr(self.env.params, "max_steps", np.iinfo(np.int32).max)
+            name = limit_name(self.env.params)
+            limit = np.iinfo(np.int32).max if name is None else getattr(self.env.params, name)
             return Params(max_steps_in_episode=limit, env=self.env.params)
 
         @property

@@ -76,7 +76,7 @@ def time_limit(env: Environment, max_steps: int) -> Environment:
     Raises:
         ValueError: ``max_steps`` is a number below 1.
     """
-    if isinstance(max_steps, int) and max_steps < 1:
+    if not isinstance(max_steps, jax.core.Tracer) and np.any(np.asarray(max_steps) < 1):
         raise ValueError(f"time_limit(max_steps={max_steps}): an episode has at least one step.")
 
     def reset(key: Key, params: TimeLimitParams) -> tuple[TimeLimitState, PyTree]:
@@ -168,12 +168,15 @@ def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environme
     """
     box = _bounded_box(env, "discretize_actions")
     size = int(np.prod(box.shape))
-    ns = (int(bins),) * size if isinstance(bins, int | np.integer) else tuple(int(b) for b in bins)
-    if len(ns) != size or min(ns) < 2:
+    numbers: Any = bins
+    given = (numbers,) * size if np.ndim(numbers) == 0 else tuple(numbers)
+    whole = all(np.issubdtype(np.asarray(b).dtype, np.integer) for b in given)
+    if len(given) != size or not whole or min(given) < 2:
         raise ValueError(
-            f"discretize_actions(bins={bins}): needs one number, or {size} numbers, one for each component "
-            "of the action, each at least 2."
+            f"discretize_actions(bins={bins}): needs one whole number, or {size} whole numbers, one for each "
+            "component of the action, each at least 2."
         )
+    ns = tuple(int(b) for b in given)
     low, high = box.low.reshape(-1), box.high.reshape(-1)
     width = (high - low) / (np.asarray(ns, np.float32) - 1)
 

@@ -83,6 +83,21 @@ def test_it_runs_vmapped_in_a_scan_with_the_limit_of_its_parameters(registered):
     np.testing.assert_array_equal(time[:, 0], [1, 2, 3, 0, 1, 2, 3, 0, 1, 2])
 
 
+def test_the_limit_of_parameters_that_have_this_very_field():
+    env = to_gymnax(jrl.make("CartPole-v1"))
+    params = env.default_params
+    assert params.max_steps_in_episode == 500
+    step = jax.jit(env.step)
+    _, state = env.reset(jax.random.key(0), params)
+    ends = []
+    for _ in range(6):
+        _, state, _, terminated, truncated, _ = step(
+            jax.random.key(1), state, 0, params.replace(max_steps_in_episode=3)
+        )
+        ends.append((bool(terminated), bool(truncated)))
+    assert ends == [(False, False), (False, False), (False, True)] * 2
+
+
 def test_there_and_back_again():
     ours = jrl.make("GridWorld-jrl", slip=0.3)
     back = jrl.make(to_gymnax(ours))

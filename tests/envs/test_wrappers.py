@@ -213,8 +213,9 @@ def test_time_limit_is_traced():
     env = envs.time_limit(counting(), 3)
     _, out, _ = run(env, 6, params=env.params._replace(max_steps=2))
     np.testing.assert_array_equal(out.truncated, [False, True] * 3)
-    with pytest.raises(ValueError, match=r"time_limit\(max_steps=0\)"):
-        envs.time_limit(counting(), 0)
+    for zero in (0, np.int64(0), jnp.int32(0)):
+        with pytest.raises(ValueError, match=r"time_limit\(max_steps=0\)"):
+            envs.time_limit(counting(), zero)
 
 
 # --------------------------------------------------------------------------------------------- actions
@@ -265,14 +266,14 @@ def test_discretize_several_components():
     np.testing.assert_allclose(out.reward - 1, [-1, 11, 4])
 
 
-@pytest.mark.parametrize("bins", [5, np.int64(5), np.array([5])])
+@pytest.mark.parametrize("bins", [5, np.int64(5), np.array(5), np.array([5])])
 def test_discretize_takes_any_whole_number(bins):
     assert envs.discretize_actions(counting(action=Box((1,), -2.0, 2.0)), bins).action == Discrete(5)
 
 
 def test_discretize_refusals():
     box = counting(action=Box((2,), -1, 1))
-    for bins in (1, [3], [3, 1]):
+    for bins in (1, [3], [3, 1], 2.7, [2.7, 3], [], "33", True):
         with pytest.raises(ValueError, match="each at least 2"):
             envs.discretize_actions(box, bins)
     with pytest.raises(ValueError, match="needs a Box action space with finite bounds"):
