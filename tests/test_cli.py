@@ -61,7 +61,7 @@ def test_no_command_and_the_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("jrl 0.")
     assert cli.main(["train"]) == 2
-    assert "ALGORITHM is ppo or dqn" in capsys.readouterr().out
+    assert "ALGORITHM is a2c or dqn or" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", [ppo, dqn])
