@@ -19,7 +19,7 @@ import numpy as np
 from jrl import ops
 from jrl.networks import distribution, mask_aware
 from jrl.optim import adam
-from jrl.types import ActionSpace, Array, Key, Network, Params, PyTree
+from jrl.types import ActionSpace, Array, Key, MaskedObservation, Network, Params, PyTree
 
 
 def warm_start(state: Any, params: Params) -> Any:
@@ -128,14 +128,19 @@ def distillation_loss(network: Network, temperature: float = 0.01) -> Callable[[
     Source: Rusu et al. 2016, "Policy Distillation", https://arxiv.org/abs/1511.06295, equation 3.
 
     Args:
-        network: the student, ``obs ↦ [..., A]``, without memory.
+        network: the student, ``obs ↦ [..., A]``, without memory. Of a :class:`~jrl.types.MaskedObservation` it sees the
+            observation, and both distributions leave out what the mask forbids.
         temperature: τ, in units of the values; small, as values of actions differ little.
     """
+    network = mask_aware(network, ops.masked)
 
     def loss(params: Params, batch: PyTree) -> Array:
         obs, q = batch
         student, _ = network.apply(params, obs, ())
-        return ops.Categorical(q / temperature).kl(ops.Categorical(student)).mean()
+        teacher = q / temperature
+        if isinstance(obs, MaskedObservation):
+            teacher = ops.masked(teacher, obs.action_mask)
+        return ops.Categorical(teacher).kl(ops.Categorical(student)).mean()
 
     return loss
 

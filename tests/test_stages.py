@@ -80,6 +80,18 @@ def test_data_that_cannot_be_fitted(data, sizes, message):
         )
 
 
+def test_distilling_leaves_out_what_a_mask_forbids():
+    """Of three actions two are allowed: the divergence is that of the two, whatever the third is said to be worth."""
+    student = Network(lambda key, obs, memory: (), lambda params, obs, memory: (jnp.zeros((1, 3)), ()))
+    obs = MaskedObservation(jnp.zeros((1, 2)), jnp.array([[True, False, True]]))
+    p = 1.0 / (1.0 + np.exp(-2.0))
+    expected = np.log(2.0) + p * np.log(p) + (1 - p) * np.log(1 - p)
+    for worth in (100.0, jnp.finfo(jnp.float32).min):
+        q = jnp.array([[0.2, worth, 0.0]])
+        value = stages.distillation_loss(student, temperature=0.1)((), (obs, q))
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 def test_cloning_sees_the_mask_as_ppo_does():
     env = jrl.envs.action_mask(jrl.make("CartPole-v1"), lambda obs, params: jnp.array([True, False]))
     network = networks.as_network(networks.actor_critic(env, ppo.Config(hidden_sizes=(8,))))

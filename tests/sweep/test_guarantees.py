@@ -183,7 +183,9 @@ def test_a_bad_member_costs_itself_only(case):
 
 def test_a_sweep_over_the_environment_is_trained_and_evaluated_in_it(case):
     short = sweep.grid(case.single, **{"env.max_steps_in_episode": [5, 500]})
-    short = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), short)  # four, as the other tests compile
+    short = jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf, leaf]), short
+    )  # four, as the other tests compile
     case.train(short, [0, 0, 1, 1])
     mesh = program.mesh(jax.devices()[:1])
     seeds, short = placed((jnp.asarray([0, 0, 1, 1], jnp.uint32), short), mesh)
