@@ -203,8 +203,8 @@ def bootstrap_interval(
     return Interval(statistic(*arrays), low, high)
 
 
-def _generator(seed: int | np.random.Generator) -> np.random.Generator:
-    if isinstance(seed, np.random.Generator):
+def _generator(seed: Any) -> np.random.Generator:
+    if hasattr(seed, "integers"):  # a generator, or what draws as one
         return seed
     try:
         number = operator.index(seed)
