@@ -47,7 +47,19 @@ def integrated_gradients(
 
     Returns:
         Like ``obs``.
+
+    Raises:
+        TypeError: a leaf is not floating: there is nothing between two integers or two bools.
+        ValueError: ``num_points`` is below 1.
     """
+    for leaf in jax.tree.leaves((obs, baseline)):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"integrated_gradients: observations are {jnp.result_type(leaf)}; cast them to float32, and let the "
+                "function take them so."
+            )
+    if num_points < 1:
+        raise ValueError(f"integrated_gradients(num_points={num_points}): must be at least 1.")
     difference = jax.tree.map(jnp.subtract, obs, baseline)
 
     def gradient(total: PyTree, t: Array) -> tuple[PyTree, None]:

@@ -220,7 +220,10 @@ def scale_reward(
 
 
 def reward_scale(scaling: RewardScaling) -> Array:
-    """Return what :func:`scale_reward` divides rewards by, ``[]``; times it, a value learned so is in rewards."""
+    """Return what :func:`scale_reward` divides rewards by, ``sqrt(Var[running return] + ε)``, float32 ``[]``.
+
+    A value learned from such rewards, times this, is in the unit of the rewards.
+    """
     return jnp.sqrt(variance(scaling.statistics) + EPSILON)
 
 

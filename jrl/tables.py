@@ -138,7 +138,7 @@ class Table:
     def final_returns(self) -> np.ndarray:
         """``[M]``: mean return of the final evaluation; in a table without any, the training return.
 
-        NaN for a member without one, such as one that was frozen before its first episode ended.
+        NaN for a member without one, such as a frozen one.
         """
         name = "episode_return_mean" if self.evaluated else "train_return"
         return np.array([math.nan if v is None else v for v in self.columns[name]], float)

@@ -43,6 +43,14 @@ def test_attributions_of_a_known_function():
     )
 
 
+def test_what_cannot_be_attributed():
+    board = jnp.zeros((2, 2), bool)
+    with pytest.raises(TypeError, match="observations are bool; cast them to float32"):
+        inspection.integrated_gradients(lambda obs: obs.sum(), board, board)
+    with pytest.raises(ValueError, match=r"num_points=0\): must be at least 1"):
+        inspection.integrated_gradients(lambda obs: obs.sum(), jnp.ones(2), jnp.zeros(2), num_points=0)
+
+
 def test_following_a_policy_gives_the_advantages_of_its_rewards():
     env = jrl.make("ProbeMemory-jrl")
     algo = ppo.make(

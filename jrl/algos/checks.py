@@ -116,7 +116,7 @@ def shard(config: Any, shards: Shards) -> int:
     return num_envs
 
 
-def amounts(env: Environment, field: str) -> None:
+def numeric(env: Environment, field: str) -> None:
     """Raise ValueError if the observations are tokens, names that have neither mean nor spread."""
     if any(isinstance(leaf, TokenObservation) for leaf in jax.tree.leaves(env.observation)):
         raise ValueError(

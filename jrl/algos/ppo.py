@@ -200,7 +200,7 @@ def make(
         ),
     )
     if config.normalize_observations:
-        checks.amounts(env, "normalize_observations")
+        checks.numeric(env, "normalize_observations")
     with_memory = bool(jax.tree.leaves(network.init_memory(())))
     if with_memory:
         checks.sequences(config, shards)

@@ -106,9 +106,7 @@ def from_outcomes(
     Raises:
         ValueError: ``max_steps`` is below 1.
     """
-    limit = params.max_steps
-    if not isinstance(limit, jax.core.Tracer) and not np.asarray(limit) >= 1:
-        raise ValueError(f"{name}: max_steps={np.asarray(limit):g}: must be at least 1.")
+    check_count(name, max_steps=params.max_steps)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     arrays = jax.tree.map(jnp.asarray, params)
     random_steps = jax.eval_shape(outcomes, index, index, arrays).probability.shape[0] > 1
@@ -296,6 +294,13 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
                 )
         changed[field] = value
     return params._replace(**changed)
+
+
+def check_count(name: str, **values: Any) -> None:
+    """Raise ValueError for a parameter below 1, where it is known already."""
+    for field, value in values.items():
+        if not isinstance(value, jax.core.Tracer) and not np.asarray(value) >= 1:  # NaN is not
+            raise ValueError(f"{name}: {field}={np.asarray(value):g}: must be at least 1.")
 
 
 def check_probability(name: str, **values: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.build import from_functions
-from jrl.envs.finite import replace_params
+from jrl.envs.finite import check_count, replace_params
 from jrl.envs.registry import register
 from jrl.types import Array, Box, Environment, Key
 
@@ -43,7 +43,7 @@ def make(*, params: Any = None) -> Environment:
         params: :class:`NavigationParams`, or a mapping of fields to change.
 
     Raises:
-        ValueError: a parameter that does not exist.
+        ValueError: a parameter that does not exist, or ``max_steps`` below 1.
     """
 
     def reset(key: Key, params: NavigationParams) -> tuple[Any, Array]:
@@ -58,6 +58,7 @@ def make(*, params: Any = None) -> Environment:
 
     name = "Navigation2D-jrl"
     params = replace_params(NavigationParams(), params, name)
+    check_count(name, max_steps=params.max_steps)
     return from_functions(reset, transition, params, Box((2,), -1.0, 1.0), name)
 
 

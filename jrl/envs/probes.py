@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.build import from_functions
+from jrl.envs.finite import check_count, replace_params
 from jrl.envs.registry import register
 from jrl.types import Array, Box, Discrete, Environment, Key
 
@@ -58,14 +59,13 @@ class Probe:
         """Build it with other parameters: a record like ``self.params``, or a mapping of fields to change.
 
         Raises:
-            ValueError: a parameter that does not exist.
+            TypeError: ``params`` is neither.
+            ValueError: a parameter that does not exist, or ``max_steps`` or ``delay`` below 1.
         """
-        if not isinstance(params, Mapping):
-            return self.build(self.params if params is None else params)
-        unknown = sorted(set(params) - set(self.params._fields))
-        if unknown:
-            raise ValueError(f"{self.id}: params has no field {unknown[0]!r}; it has {self.params._fields}.")
-        return self.build(self.params._replace(**params))
+        params = replace_params(self.params, params, self.id)
+        counts = {name: getattr(params, name) for name in ("max_steps", "delay") if hasattr(params, name)}
+        check_count(self.id, **counts)
+        return self.build(params)
 
     def q(self, gamma: float, params: Any = None) -> np.ndarray:
         """Return Q of the optimal policy at ``observations``, ``[K, A]``.

@@ -153,6 +153,9 @@ def test_parameters_of_another_shape_or_range_are_refused():
         "TrafficLight-jrl": [({"switch": 1.5}, r"switch=1.5: must be in \[0, 1\]"),
                              ({"max_steps": float("nan")}, "max_steps=nan: must be at least 1")],
         "RiverSwim-jrl": [({"advance": 0.9, "retreat": 0.5}, r"advance \+ retreat=1.4: must be in \[0, 1\]")],
+        "ProbeMemory-jrl": [({"delay": -1}, "ProbeMemory-jrl: delay=-1: must be at least 1")],
+        "ProbeTruncation-jrl": [({"max_steps": 0}, "max_steps=0: must be at least 1")],
+        "Navigation2D-jrl": [({"max_steps": 0}, "max_steps=0: must be at least 1")],
         "RandomMDP-jrl": [({"start": np.ones(3)}, r"params.start has shape \(3,\)")],
     }  # fmt: skip
     for name, cases in refused.items():
