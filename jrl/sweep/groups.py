@@ -200,28 +200,10 @@ def _claim(
     records.check_new(folder, overwrite)
     records.create(folder)
     stack.enter_context(records.locked(folder))
-    _clear(folder, choices)
+    records.clear(folder)
     stack.callback(_free_if_empty, folder, choices)
     record = {"format": records.GROUPS_FORMAT, "groups": choices, "command": list(command)}
     records.write_json(folder / records.GROUPS, record)
-
-
-def _clear(folder: Path, choices: list[dict[str, Any]]) -> None:
-    """Delete the run, sweep or sweeps that ``folder`` holds; sweeps of the same choices are replaced in their turn."""
-    try:
-        old = read(folder)["groups"]
-    except RunError:  # a run, a sweep, or a file that says nothing
-        old = []
-    for inner in (folder / _name(fields) for fields in old if fields and fields not in choices):
-        if not (inner / records.SWEEP).exists():
-            continue
-        with records.locked(inner):
-            records.clear(inner)
-            for file in (inner / records.LOCK, *inner.glob("*.png")):
-                file.unlink(missing_ok=True)
-        if not any(inner.iterdir()):
-            inner.rmdir()
-    records.clear(folder)
 
 
 def _free_if_empty(folder: Path, choices: list[dict[str, Any]]) -> None:

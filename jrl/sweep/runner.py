@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -350,6 +351,11 @@ def plan(algorithm: Any, hparams: Any = None, *, measure: bool = True, **setting
     Args:
         algorithm, hparams, **settings: as in :func:`execute`.
         measure: train for a few steps to predict the time.
+
+    Raises:
+        TypeError: an argument that :func:`execute` does not have.
+        RunError, ValueError: as :func:`execute` for the arguments themselves.
     """
+    inspect.signature(execute).bind(algorithm, hparams, **settings)  # an unknown one is a TypeError, as there
     setup, who, record = prepare(algorithm, hparams, **settings)
     return Session(setup, who, record, None, settings.get("devices"), "none", False).plan(measure)

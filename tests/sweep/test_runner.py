@@ -523,6 +523,8 @@ def test_a_plan_predicts_without_running():
     assert plan.seconds > 0
     with pytest.raises(RunError, match="env_steps=0: must be a whole number of at least 1"):
         sweep.plan(fake, env=ENV, env_steps=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_seeds'"):
+        sweep.plan(fake, env=ENV, env_steps=STEPS, num_seeds=5)
     for words in ("5 on 2 devices", "1 of 5 members", "may be used", "predicted"):
         assert words in str(plan)
 
