@@ -41,7 +41,7 @@ from ladder_poems import level9
 
 import jrl
 from jrl import networks, stages
-from jrl.language import dpo, exact, imitation, metrics, models, tasks, token_q
+from jrl.language import dpo, exact, imitation, metrics, models, offline, tasks, token_q
 from jrl.language import policy_gradient as pg
 from jrl.language.preferences import Pairs
 
@@ -93,7 +93,7 @@ def level0_dpo(seed: int) -> dict[str, Any]:
         count = size**length
         texts = np.stack(np.unravel_index(np.arange(count), (size,) * length), axis=1)
         tokens = np.concatenate([np.zeros((count, 1), int), texts], axis=1).astype(np.int32)
-        experience = token_q.replayed(env, tokens, np.zeros(count, int))
+        experience = offline.replayed(env, tokens, np.zeros(count, int))
         returns = np.asarray(experience.reward.sum(1))
         if length == 3:
             first, second = np.triu_indices(count, 1)
@@ -193,7 +193,7 @@ def level1_ilql(seed: int) -> dict[str, Any]:
     """From 1,000 logged walks alone."""
     env = jrl.make("RandomWalks-jrl")
     walks, _ = tasks.logged_walks(tasks.walk_graph(), seed=seed)
-    data = token_q.replayed(env, walks, walks[:, 0] - 1)
+    data = offline.replayed(env, walks, walks[:, 0] - 1)
     over = np.asarray(data.terminated | data.truncated)
     logged = np.where(np.cumsum(over, 1) - over == 0, data.reward, 0.0).sum(1).mean()
     config = token_q.Config(variant="ilql", batch_size=128, num_updates=8)
@@ -244,7 +244,7 @@ def level2(seed: int) -> dict[str, Any]:
     start = np.asarray(env.step.start(0)[1])
     tokens = np.broadcast_to(start, (size**2, len(start))).copy()
     tokens[:, -2:] = np.where((pairs[:, :1] == 0) & [[False, True]], -1, pairs)
-    data = token_q.replayed(env, tokens, np.zeros(size**2, int))
+    data = offline.replayed(env, tokens, np.zeros(size**2, int))
     model = models.table(env, num_q=2)
     config = token_q.Config(variant="ilql", batch_size=1024, num_updates=4)
     algo = token_q.make(env, config, model=model, data=data)

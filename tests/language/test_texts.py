@@ -11,7 +11,7 @@ import pytest
 
 import jrl
 from jrl import cli, flags, records
-from jrl.language import models, named_rewards, ngrams, policy_gradient, runs, token_q, tokenizers, weights
+from jrl.language import models, named_rewards, ngrams, offline, policy_gradient, runs, tokenizers, weights
 from jrl.language.environments import Prompts, Rating, at_end, token_mdp
 from jrl.language.rewards import Text
 from jrl.networks import transformer
@@ -162,7 +162,7 @@ def test_kernels_rate_whole_texts_once_and_as_the_environment_does():
     state = jax.jit(algo.init)(jax.random.key(0), hparams)
     state, metrics = jax.jit(algo.step)(state, hparams)
     held = jax.tree.map(lambda leaf: leaf[8:16], state.replay)
-    again = token_q.replayed(env, held.tokens, np.zeros(8, int))
+    again = offline.replayed(env, held.tokens, np.zeros(8, int))
     over = again.terminated | again.truncated
     said = jnp.cumsum(over, 1) - over == 0
     np.testing.assert_allclose(jnp.where(said, again.reward, 0.0), held.reward, atol=1e-6)

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl.language import dpo, environments, exact, grammar, imitation, models, preferences, tasks, token_q
+from jrl.language import (
+    dpo,
+    environments,
+    exact,
+    grammar,
+    imitation,
+    models,
+    offline,
+    preferences,
+    tasks,
+    token_q,
+)
 from jrl.language import policy_gradient as pg
 from jrl.language.environments import Prompts, TokenReward, token_mdp
 
@@ -65,7 +76,7 @@ def test_ilql_beats_its_log_and_cql_keeps_to_it(small):
     random = np.random.default_rng(0)
     said = random.integers(0, 3, (300, 3))  # token 3 is never in the log
     tokens = np.concatenate([np.zeros((300, 1), int), said], axis=1)
-    data = token_q.replayed(env, tokens, np.zeros(300, int))
+    data = offline.replayed(env, tokens, np.zeros(300, int))
     model = models.table(env, num_q=2)
     config = token_q.Config(variant="ilql", batch_size=128, num_updates=4)
     algo = token_q.make(env, config, model=model, data=data)
@@ -87,16 +98,16 @@ def test_ilql_beats_its_log_and_cql_keeps_to_it(small):
 def test_logged_texts_are_rated_and_checked():
     env = jrl.make("RandomWalks-jrl")
     walks, _ = tasks.logged_walks(tasks.walk_graph(), 50)
-    data = token_q.replayed(env, walks, walks[:, 0] - 1)
+    data = offline.replayed(env, walks, walks[:, 0] - 1)
     assert (data.terminated.any(1)).all()
     with pytest.raises(ValueError, match="text 0 does not begin with prompt"):
-        token_q.replayed(env, walks, walks[:, 0] % 20)
+        offline.replayed(env, walks, walks[:, 0] % 20)
     with pytest.raises(ValueError, match="token 21 of text 8 is outside the vocabulary of 21 tokens"):
-        token_q.replayed(env, np.where(walks == 4, 21, walks), walks[:, 0] - 1)
+        offline.replayed(env, np.where(walks == 4, 21, walks), walks[:, 0] - 1)
     with pytest.raises(ValueError, match=r"tokens \(50, 9\).*expected \[N, 10\]"):
-        token_q.replayed(env, walks[:, :9], walks[:, 0] - 1)
+        offline.replayed(env, walks[:, :9], walks[:, 0] - 1)
     with pytest.raises(ValueError, match="prompt 20 of text 0: RandomWalks-jrl has prompts 0 to 1"):
-        token_q.replayed(env, walks, np.full(50, 20))
+        offline.replayed(env, walks, np.full(50, 20))
     with pytest.raises(ValueError, match="variant='sarsa': must be one of dqn, ilql"):
         token_q.Config(variant="sarsa")
     with pytest.raises(ValueError, match="num_envs=64 exceeds capacity=32"):
@@ -128,8 +139,8 @@ def test_texts_that_cannot_have_been_said_are_refused(name):
     )
     right = [0, 1, 3, -1]
     with pytest.raises(ValueError, match=f"replayed: {message}"):
-        token_q.replayed(env, np.array([right, tokens]), np.array([0, prompt]))
-    assert token_q.replayed(env, np.array([right, [1, 1, 3, -1]]), np.array([0, 1])).terminated.sum() == 2
+        offline.replayed(env, np.array([right, tokens]), np.array([0, prompt]))
+    assert offline.replayed(env, np.array([right, [1, 1, 3, -1]]), np.array([0, 1])).terminated.sum() == 2
 
 
 # -------------------------------------------------------------------------------------------------- preferences
@@ -138,7 +149,7 @@ def test_texts_that_cannot_have_been_said_are_refused(name):
 def all_pairs(env):
     tokens = np.stack(np.unravel_index(np.arange(64), (4, 4, 4)), axis=1)
     tokens = np.concatenate([np.zeros((64, 1), int), tokens], axis=1).astype(np.int32)
-    returns = np.asarray(token_q.replayed(env, tokens, np.zeros(64, int)).reward.sum(1))
+    returns = np.asarray(offline.replayed(env, tokens, np.zeros(64, int)).reward.sum(1))
     first, second = np.triu_indices(64, 1)
     preference = 1.0 / (1.0 + np.exp(returns[second] - returns[first]))
     return preferences.Pairs(
