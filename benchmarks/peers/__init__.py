@@ -63,6 +63,8 @@ class Work:
     hidden_sizes: tuple[int, ...] = (64, 64)
     prng: str = "threefry"
     """jrl's generator, or hashed; the other side has JAX's own."""
+    kernels: str = "xla"
+    """What computes jrl's network, xla or native (ppo and dqn); the other side has XLA."""
 
     def __post_init__(self) -> None:
         if self.prng not in ("threefry", "hashed"):

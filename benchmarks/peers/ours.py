@@ -81,6 +81,8 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
     if len(env.observation.shape) > 1:
         env = envs.flatten_observation(env)  # the peers' networks are fully connected
     shared = {"hidden_sizes": tuple(work.hidden_sizes), "activation": work.activation}
+    if work.kernels != "xla":
+        shared["kernels"] = work.kernels
     if algorithm == "ppo":
         config = jrl.ppo.Config(
             num_envs=work.num_envs,

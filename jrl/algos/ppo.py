@@ -71,6 +71,8 @@ class Config:
     """Channels of the 3×3 convolutions of a cnn."""
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu in one C++ kernel, on a CPU, compiled at first use by its compiler."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False

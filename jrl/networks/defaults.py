@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jrl.networks import fused, mlp
+from jrl.networks import fused, mlp, native
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
 from jrl.networks.heads import Actor, ActorCritic, Ensemble, ImplicitQNetwork, QNetwork
@@ -69,14 +69,12 @@ def actor_critic(
     """
     torso, prepare, rank = _torso(env, config)
     if core is not None:
+        _no_native(config, "a memory")
         return recurrent_network(
             torso(), core, ActorCritic(_identity, env.action, True), prepare, features_first=features_first
         )
     module = ActorCritic(torso, env.action, shared_torso)
-    whole = None
-    if fuse and rank == 1 and not config.layer_norm and fused.enabled() and module.fits(config.hidden_sizes):
-        whole = functools.partial(module.fused, activation=config.activation)
-    return _network(module, prepare, rank, features_first, whole)
+    return _network(module, prepare, rank, features_first, _whole(module, config, rank, fuse=fuse))
 
 
 def q_network(
@@ -95,6 +93,7 @@ def q_network(
     assert isinstance(env.action, Discrete)
     torso, prepare, rank = _torso(env, config)
     if core is not None:
+        _no_native(config, "a memory")
         return recurrent_network(
             torso(),
             core,
@@ -102,13 +101,15 @@ def q_network(
             prepare,
             features_first=features_first,
         )
-    return _network(QNetwork(torso, env.action.n, dueling, num_atoms), prepare, rank, features_first)
+    module = QNetwork(torso, env.action.n, dueling, num_atoms)
+    return _network(module, prepare, rank, features_first, _whole(module, config, rank))
 
 
 def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
     """Return an implicit quantile network of ``env``: :class:`~jrl.types.QuantileQuery` ``↦ [..., A, K]``."""
     assert isinstance(env.action, Discrete)
     torso, prepare, _ = _torso(env, config)
+    _no_native(config, "an implicit quantile network")
     module = ImplicitQNetwork(torso, env.action.n, dueling)
     return Network(
         init=lambda key, query, memory: module.init(hashed(key), prepare(query.obs), query.fraction),
@@ -161,6 +162,9 @@ def check_torso(config: TorsoConfig) -> None:
     """Raise ValueError for a torso that no network can have; for ``Config.__post_init__``."""
     if config.torso not in ("auto", "mlp", "cnn"):
         raise ValueError(f"torso={config.torso!r}: must be 'auto', 'mlp' or 'cnn'.")
+    kernels = getattr(config, "kernels", "xla")
+    if kernels not in ("xla", "native"):
+        raise ValueError(f"kernels={kernels!r}: must be 'xla' or 'native'.")
     if config.activation not in ACTIVATIONS:
         raise ValueError(f"activation={config.activation!r}: must be one of {', '.join(ACTIVATIONS)}.")
     for name in ("hidden_sizes", "channels"):
@@ -204,6 +208,26 @@ def _torso(
         return torso, lambda obs: as_float(jax.tree.leaves(obs)[0]), 3
     torso = functools.partial(MLP, tuple(config.hidden_sizes), config.activation, config.layer_norm)
     return torso, observation_flattener(observation), 1
+
+
+def _whole(
+    module: ActorCritic | QNetwork, config: TorsoConfig, rank: int, *, fuse: bool = False
+) -> Callable[[PyTree, jax.Array], PyTree] | None:
+    """Return what computes the module from its parameters by one kernel, None where it goes layer by layer."""
+    sizes = module.sizes(config.hidden_sizes)
+    if rank != 1:
+        _no_native(config, "a cnn")
+    if getattr(config, "kernels", "xla") == "native":
+        native.check(sizes, config.activation, layer_norm=config.layer_norm)
+        return functools.partial(module.whole, mlp=native.mlp, activation=config.activation)
+    if fuse and rank == 1 and not config.layer_norm and fused.enabled() and fused.fits(sizes):
+        return functools.partial(module.whole, mlp=fused.mlp, activation=config.activation)
+    return None
+
+
+def _no_native(config: TorsoConfig, what: str) -> None:
+    if getattr(config, "kernels", "xla") == "native":
+        raise ValueError(f"kernels='native' computes mlps only, not {what}; use kernels='xla'.")
 
 
 def _network(

@@ -16,6 +16,9 @@ from jrl.networks.mlp import Dense, DenseParameters, affine, batch_first
 from jrl.ops import distributions, normal
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
+WholeMLP = Callable[[Sequence[fused.Layer], jax.Array, str], jax.Array]
+"""``(layers, x [..., F], activation) -> [..., K]``, all layers at once, such as :func:`jrl.networks.native.mlp`."""
+
 
 class PolicyHead(nn.Module):
     """The parameters of an action distribution: logits, or (mean, log_std) for a Box.
@@ -58,25 +61,24 @@ class ActorCritic(nn.Module):
         head = PolicyHead(self.action)(actor_features, features_first=features_first)
         return head, _batch_first(value, features_first)[..., 0]
 
-    def fits(self, hidden_sizes: Sequence[int]) -> bool:
-        """Return whether :meth:`fused` can compute it."""
-        return fused.fits([*hidden_sizes, _policy_outputs(self.action) + self.shared_torso])
+    def sizes(self, hidden_sizes: Sequence[int]) -> list[int]:
+        """Return the layers' outputs, the larger of two torsos' where there are two."""
+        return [*hidden_sizes, _policy_outputs(self.action) + self.shared_torso]
 
-    def fused(self, params: Any, x: jax.Array, *, activation: str) -> tuple[Any, jax.Array]:
-        """Return what calling it does, ``x [..., F]``, of torsos that are an :class:`MLP`, in one kernel each."""
+    def whole(self, params: Any, x: jax.Array, *, mlp: WholeMLP, activation: str) -> tuple[Any, jax.Array]:
+        """Return what calling it does, ``x [..., F]``, of torsos that are an :class:`MLP`: a call of ``mlp`` each."""
         own = params["params"]
         value, head = fused.Layer(**own["Dense_0"]), fused.Layer(**own["PolicyHead_0"]["Dense_0"])
         actor, critic = (
-            [fused.Layer(**torso[f"Dense_{i}"]) for i in range(len(torso))]
-            for torso in (own["MLP_0"], own["MLP_0" if self.shared_torso else "MLP_1"])
+            _layers(own[torso]) for torso in ("MLP_0", "MLP_0" if self.shared_torso else "MLP_1")
         )
         if self.shared_torso:
             both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), head, value)
-            out = fused.mlp([*actor, both], x, activation)
+            out = mlp([*actor, both], x, activation)
             output, v = out[..., :-1], out[..., -1]
         else:
-            output = fused.mlp([*actor, head], x, activation)
-            v = fused.mlp([*critic, value], x, activation)[..., 0]
+            output = mlp([*actor, head], x, activation)
+            v = mlp([*critic, value], x, activation)[..., 0]
         if isinstance(self.action, Box):
             return (output, jnp.broadcast_to(own["PolicyHead_0"]["log_std"], output.shape)), v
         return output, v
@@ -97,14 +99,12 @@ class QNetwork(nn.Module):
     def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
         """Return the action values ``[..., A]``; features first or not, as ``x`` is."""
         features = self.torso()(x, features_first=features_first)
-        shape = (self.num_actions,) if self.num_atoms is None else (self.num_actions, self.num_atoms)
+        shape = self._shape
         fan_in = features.shape[0 if features_first else -1]
         kernel, bias = DenseParameters(math.prod(shape), 1.0, name="Dense_0")(fan_in)
         if self.dueling:
             value = DenseParameters(math.prod(shape[1:]), 1.0, name="Dense_1")(fan_in)
-            kernel, bias = (
-                _dueling(x, v, self.num_actions) for x, v in zip((kernel, bias), value, strict=True)
-            )
+            kernel, bias = _dueling((kernel, bias), value, self.num_actions)
         if not features_first:
             q = features @ kernel + bias
             return q.reshape(*q.shape[:-1], *shape)
@@ -114,17 +114,45 @@ class QNetwork(nn.Module):
         # No barrier: what reads a distribution wants the batch last, and XLA cancels the two transpositions.
         return jnp.moveaxis(q.reshape(*shape, -1), -1, 0)
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.num_actions,) if self.num_atoms is None else (self.num_actions, self.num_atoms)
 
-def _dueling(advantage: jax.Array, value: jax.Array, num_actions: int) -> jax.Array:
-    """Return parameters of ``V + A − mean_a A``, of ``advantage [..., A K]`` and ``value [..., K]``.
+    def sizes(self, hidden_sizes: Sequence[int]) -> list[int]:
+        """Return the layers' outputs."""
+        return [*hidden_sizes, math.prod(self._shape)]
+
+    def whole(self, params: Any, x: jax.Array, *, mlp: WholeMLP, activation: str) -> jax.Array:
+        """Return what calling it does, ``x [..., F]``, of a torso that is an :class:`MLP`, by one call of ``mlp``."""
+        own = params["params"]
+        head = fused.Layer(**own["Dense_0"])
+        if self.dueling:
+            head = fused.Layer(*_dueling(head, fused.Layer(**own["Dense_1"]), self.num_actions))
+        q = mlp([*_layers(own["MLP_0"]), head], x, activation)
+        return q.reshape(*q.shape[:-1], *self._shape)
+
+
+def _layers(torso: Any) -> list[fused.Layer]:
+    """Return the layers of an :class:`MLP`'s parameters."""
+    return [fused.Layer(**torso[f"Dense_{i}"]) for i in range(len(torso))]
+
+
+def _dueling(
+    advantage: Sequence[jax.Array], value: Sequence[jax.Array], num_actions: int
+) -> tuple[jax.Array, ...]:
+    """Return kernel and bias of ``V + A − mean_a A``, of those of ``advantage [..., A K]`` and ``value [..., K]``.
 
     Both heads are linear in the same features, so what is done to their outputs can be done to their weights: one
     product instead of two, and sums over the weights instead of over the batch. An action at a time, as XLA finds its
     way in an array ``[..., A, K]`` by a division for every entry.
     """
-    actions = jnp.split(advantage, num_actions, axis=-1)
-    base = value - sum(actions) / num_actions
-    return jnp.concatenate([action + base for action in actions], axis=-1)
+
+    def combined(advantage: jax.Array, value: jax.Array) -> jax.Array:
+        actions = jnp.split(advantage, num_actions, axis=-1)
+        base = value - sum(actions) / num_actions
+        return jnp.concatenate([action + base for action in actions], axis=-1)
+
+    return tuple(combined(a, v) for a, v in zip(advantage, value, strict=True))
 
 
 class ImplicitQNetwork(nn.Module):

@@ -1,0 +1,210 @@
+"""The C++ kernel of a whole network is another way to compute the same function and gradient, whatever the vectors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jrl
+from jrl import dqn, networks, ppo
+from jrl.networks import fused, native, native_build
+from jrl.networks.fused import Layer
+
+KEY = jax.random.key(0)
+
+
+def layers(sizes, members=()):
+    keys = jax.random.split(KEY, len(sizes))
+    return tuple(
+        Layer(
+            jax.random.normal(key, (*members, a, b)) / a**0.5,
+            jax.random.normal(jax.random.fold_in(key, 1), (*members, b)),
+        )
+        for key, a, b in zip(keys, sizes, sizes[1:], strict=False)
+    )
+
+
+def both(function, params, x, weight):
+    return jax.value_and_grad(lambda p, x: (function(p, x) * weight).sum(), argnums=(0, 1))(params, x)
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ((4, 64, 64, 2), 200),
+        ((3, 5, 1), 1),  # less than a vector, everywhere
+        ((5, 20, 33, 7, 3), 51),  # tails of rows, tiles and panels, and more than one block
+        ((17, 24, 40, 8), 49),  # whole vectors, but no whole panel
+        ((70, 16, 30), 6),  # few rows; the last layer wider than a vector
+        ((2, 8, 16), 0),
+    ],
+)
+def test_it_equals_the_layers_one_by_one(sizes, rows, activation):
+    params = layers(sizes)
+    x = jax.random.normal(jax.random.key(1), (rows, sizes[0]))
+    weight = jax.random.normal(jax.random.key(2), (rows, sizes[-1]))
+    ours = both(lambda p, x: native.mlp(p, x, activation), params, x, weight)
+    theirs = both(lambda p, x: fused.reference(activation, True, p, x), params, x, weight)
+    assert_equal(ours, theirs)
+
+
+def test_a_row_comes_to_the_same_bits_in_every_batch():
+    params, x = layers((4, 20, 33, 3)), jax.random.normal(KEY, (101, 4))
+    whole = native.mlp(params, x, "tanh")
+    for rows in (1, 5, 31, 32, 50):
+        np.testing.assert_array_equal(native.mlp(params, x[:rows], "tanh"), whole[:rows])
+    np.testing.assert_array_equal(native.mlp(params, x[7], "tanh"), whole[7])
+
+
+def test_members_side_by_side_are_those_alone_bit_for_bit():
+    params = layers((4, 16, 2), members=(3,))
+    x = jax.random.normal(jax.random.key(1), (3, 5, 7, 4))
+    weight = jnp.ones((5, 7, 2))
+
+    def member(p, x):
+        return both(lambda p, x: native.mlp(p, x, "relu"), p, x, weight)[1][0]
+
+    together = jax.jit(jax.vmap(member))(params, x)
+    for i in range(3):
+        alone = jax.jit(member)(jax.tree.map(lambda leaf, i=i: leaf[i], params), x[i])
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), together, alone)
+
+
+def test_tanh_is_within_six_units_in_the_last_place():
+    x = np.linspace(-12, 12, 200_001, dtype=np.float32)
+    one = Layer(jnp.ones((1, 1)), jnp.zeros(1))
+    ours = np.asarray(native.mlp((one, one), x[:, None], "tanh")[:, 0])
+    exact = np.tanh(x.astype(np.float64))
+    assert (np.abs(ours - exact) <= 6 * np.spacing(np.abs(exact).astype(np.float32))).all()
+    assert np.abs(ours).max() <= 1.0
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_nan_and_infinity_stay(activation):
+    """So that a member that diverges is seen to."""
+    one = Layer(jnp.ones((1, 1)), jnp.zeros(1))
+    x = jnp.array([[jnp.nan], [jnp.inf], [-jnp.inf]])
+    expected = fused.reference(activation, True, (one, one), x)
+    np.testing.assert_allclose(native.mlp((one, one), x, activation), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+def test_the_network_of_ppo_is_the_same_function(name, shared):
+    env = jrl.make(name)
+    plain, ours = (
+        networks.actor_critic(env, ppo.Config(hidden_sizes=(16, 12), kernels=k), shared_torso=shared)
+        for k in ("xla", "native")
+    )
+    obs = jax.random.normal(KEY, (6, 5, *env.observation.shape))
+    params = plain.init(KEY, obs, ())
+    assert_equal(ours.apply(params, obs, ()), plain.apply(params, obs, ()))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"dueling": True}, {"distribution": "quantile", "num_atoms": 5, "dueling": True}]
+)
+def test_a_step_of_dqn_is_the_same(change):
+    def steps(kernels):
+        config = dqn.Config(
+            num_envs=4,
+            unroll_length=2,
+            batch_size=8,
+            capacity=64,
+            warmup_env_steps=16,
+            hidden_sizes=(16, 12),
+            layer_norm=False,
+            kernels=kernels,
+            **change,
+        )
+        algo, hparams = dqn.make(jrl.make("CartPole-v1"), config), dqn.HParams()
+        state = jax.jit(algo.init)(KEY, hparams)
+        state, metrics = jax.jit(algo.step)(state, hparams)
+        return state.params, metrics["loss"]
+
+    assert_equal(steps("native"), steps("xla"))
+
+
+def test_a_run_says_what_computed_it_and_is_resumed_with_it(tmp_path):
+    config = {"num_envs": 4, "unroll_length": 8, "hidden_sizes": [8, 8], "kernels": "native"}
+    common = {"config": config, "progress": "none", "eval_episodes": 0}
+    whole = jrl.run("ppo", "CartPole-v1", env_steps=256, out=tmp_path / "whole", **common)
+    jrl.run("ppo", "CartPole-v1", env_steps=128, out=tmp_path / "halves", **common)
+    halves = jrl.resume(tmp_path / "halves", env_steps=256, progress="none")
+    assert '"kernels": "native"' in (tmp_path / "halves" / "run.json").read_text()
+    jax.tree.map(np.testing.assert_array_equal, whole.state.params, halves.state.params)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"activation": "elu"}, "tanh and relu"),
+        ({"layer_norm": True}, "layer_norm=False"),
+        ({"memory": "gru"}, "a memory"),
+        ({"hidden_sizes": (4,) * 8}, "9 layers"),
+        ({"kernels": "cuda"}, "'xla' or 'native'"),
+    ],
+)
+def test_what_it_does_not_compute_is_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        ppo.make(jrl.make("CartPole-v1"), ppo.Config(**{"kernels": "native", **change}))
+
+
+def test_images_and_implicit_quantiles_are_refused():
+    with pytest.raises(ValueError, match="a cnn"):
+        ppo.make(jrl.make("Breakout-MinAtar"), ppo.Config(kernels="native", activation="relu"))
+    config = dqn.Config(kernels="native", layer_norm=False, distribution="implicit")
+    with pytest.raises(ValueError, match="implicit quantile"):
+        dqn.make(jrl.make("CartPole-v1"), config)
+
+
+def test_other_numbers_are_refused():
+    with pytest.raises(TypeError, match="bfloat16"):
+        native.mlp(layers((4, 8, 2)), jnp.ones((3, 4), jnp.bfloat16), "tanh")
+
+
+@pytest.fixture
+def afresh(tmp_path, monkeypatch):
+    """As in a process that has loaded nothing, on a machine that has compiled nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for function in (native_build.load, native_build._digest):
+        function.cache_clear()
+    yield tmp_path / "cache" / "jrl"
+    for function in (native_build.load, native_build._digest):
+        function.cache_clear()
+
+
+def test_without_a_compiler_the_error_says_what_to_do(afresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler.*kernels='xla'"):
+        native_build.load()
+
+
+def test_what_the_compiler_says_is_shown_and_nothing_is_kept(afresh, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.cc"
+    broken.write_text("int main() { return this_is_no_name; }")
+    monkeypatch.setattr(native_build, "SOURCE", broken)
+    with pytest.raises(RuntimeError, match="this_is_no_name"):
+        native_build.load()
+    assert list(afresh.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(afresh, tmp_path):
+    afresh.parent.write_text("a file where a folder should be")
+    with pytest.raises(RuntimeError, match="XDG_CACHE_HOME"):
+        native_build.load()
+
+
+def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
+    """As a processor without AVX has them."""
+    monkeypatch.setattr(native_build, "FLAGS", tuple(f for f in native_build.FLAGS if f != "-march=native"))
+    assert native_build.load().jrl_lanes() == 4
+    test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh")
+    assert len(list(afresh.glob("native-*.so"))) == 1
