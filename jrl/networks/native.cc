@@ -33,17 +33,20 @@ constexpr int kFewRows = 32;  // below, reordering the weights would cost as muc
 constexpr int kMaxLayers = 8;
 constexpr int kPanel = 2 * kLanes;
 
+// Compilers give up inlining somewhere in so many tiles, and a call there costs half as much again.
+#define JRL_INLINE inline __attribute__((always_inline))
+
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
-inline Vec Load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-inline void Store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
-inline Vec Spread(float x) { return x - Vec{}; }  // x + 0 would not be x where that is -0
+JRL_INLINE Vec Load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+JRL_INLINE void Store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+JRL_INLINE Vec Spread(float x) { return x - Vec{}; }  // x + 0 would not be x where that is -0
 inline int64_t Padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // a b + c, rounded once where the processor can. Said, as compilers see it in some places and not in others, and then
 // rows of a tail would differ from those of a tile.
-inline Vec Fma(Vec a, Vec b, Vec c) {
+JRL_INLINE Vec Fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__FMA__)
@@ -57,7 +60,7 @@ inline Vec Fma(Vec a, Vec b, Vec c) {
 }
 
 // v, with 0 in its lanes from n on.
-inline Vec First(Vec v, int64_t n) {
+JRL_INLINE Vec First(Vec v, int64_t n) {
   Vec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
   return lane < static_cast<float>(n) ? v : Vec{};
@@ -65,15 +68,15 @@ inline Vec First(Vec v, int64_t n) {
 
 // The smaller and the larger; NaN in x stays.
 #if defined(__AVX__) && !defined(__AVX512F__)
-inline Vec Min(Vec bound, Vec x) { return _mm256_min_ps(bound, x); }
-inline Vec Max(Vec bound, Vec x) { return _mm256_max_ps(bound, x); }
+JRL_INLINE Vec Min(Vec bound, Vec x) { return _mm256_min_ps(bound, x); }
+JRL_INLINE Vec Max(Vec bound, Vec x) { return _mm256_max_ps(bound, x); }
 #else
-inline Vec Min(Vec bound, Vec x) { return bound < x ? bound : x; }
-inline Vec Max(Vec bound, Vec x) { return bound > x ? bound : x; }
+JRL_INLINE Vec Min(Vec bound, Vec x) { return bound < x ? bound : x; }
+JRL_INLINE Vec Max(Vec bound, Vec x) { return bound > x ? bound : x; }
 #endif
 
 // x P(x^2) / Q(x^2), fitted for the smallest relative error up to 7.9, 2e-8 before rounding, where tanh is 1 - 3e-7.
-inline Vec Tanh(Vec x) {
+JRL_INLINE Vec Tanh(Vec x) {
   const Vec bound = Spread(7.9f);
   x = Max(-bound, Min(bound, x));
   const Vec u = x * x;
@@ -91,21 +94,21 @@ inline Vec Tanh(Vec x) {
 enum Activation : int64_t { kTanh = 0, kRelu = 1 };
 
 template <int A>
-inline Vec Act(Vec x) {
+JRL_INLINE Vec Act(Vec x) {
   if constexpr (A == kTanh) return Tanh(x);
   return Max(Vec{}, x);
 }
 
 // The derivative, from the activation's value.
 template <int A>
-inline Vec Slope(Vec y) {
+JRL_INLINE Vec Slope(Vec y) {
   if constexpr (A == kTanh) return Fma(-y, y, Spread(1.0f));
   return y > 0.0f ? Spread(1.0f) : Vec{};
 }
 
 // Sums over the columns of a: out[m, :] = bias + sum_f a[m, f] w[f, :].
 template <int M, int V, typename Finish>
-inline void RowsTile(const float* __restrict a, int64_t lda, int64_t size, const float* __restrict w, int64_t ldw,
+JRL_INLINE void RowsTile(const float* __restrict a, int64_t lda, int64_t size, const float* __restrict w, int64_t ldw,
                      const float* bias, Finish finish) {
   Vec sum[M][V];
   for (int m = 0; m < M; ++m)
@@ -123,7 +126,7 @@ inline void RowsTile(const float* __restrict a, int64_t lda, int64_t size, const
 }
 
 template <int V, int M = kTile, typename Finish>
-inline void RowsTail(int64_t rows, const float* a, int64_t lda, int64_t size, const float* w, int64_t ldw,
+JRL_INLINE void RowsTail(int64_t rows, const float* a, int64_t lda, int64_t size, const float* w, int64_t ldw,
                      const float* bias, Finish finish) {
   if constexpr (M > 0) {
     if (rows == M) return RowsTile<M, V>(a, lda, size, w, ldw, bias, finish);
@@ -142,13 +145,13 @@ inline void Product(int64_t rows, const float* a, int64_t lda, int64_t size, con
     const float* b = bias ? bias + c : nullptr;
     int64_t r = 0;
     for (; r + kTile <= rows; r += kTile) {
-      auto at = [&](int m, int v, Vec sum) { finish(r + m, c + v * kLanes, sum); };
+      auto at = [&](int m, int v, Vec sum) __attribute__((always_inline)) { finish(r + m, c + v * kLanes, sum); };
       if (whole)
         RowsTile<kTile, 2>(a + r * lda, lda, size, w, ldw, b, at);
       else
         RowsTile<kTile, 1>(a + r * lda, lda, size, w, ldw, b, at);
     }
-    auto at = [&](int m, int v, Vec sum) { finish(r + m, c + v * kLanes, sum); };
+    auto at = [&](int m, int v, Vec sum) __attribute__((always_inline)) { finish(r + m, c + v * kLanes, sum); };
     if (whole)
       RowsTail<2>(rows - r, a + r * lda, lda, size, w, ldw, b, at);
     else
@@ -158,7 +161,7 @@ inline void Product(int64_t rows, const float* a, int64_t lda, int64_t size, con
 
 // Sums over rows: out[m, :] += sum_r a[r, m] b[r, :].
 template <int M, int V>
-inline void OuterTile(int64_t rows, const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb,
+JRL_INLINE void OuterTile(int64_t rows, const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb,
                       float* __restrict out, int64_t ldo) {
   Vec sum[M][V];
   for (int m = 0; m < M; ++m)
@@ -176,7 +179,7 @@ inline void OuterTile(int64_t rows, const float* __restrict a, int64_t lda, cons
 }
 
 template <int V, int M = kTile>
-inline void OuterTail(int64_t left, int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* out,
+JRL_INLINE void OuterTail(int64_t left, int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* out,
                       int64_t ldo) {
   if constexpr (M > 0) {
     if (left == M) return OuterTile<M, V>(rows, a, lda, b, ldb, out, ldo);
@@ -201,7 +204,7 @@ inline void Outer(int64_t rows, const float* a, int64_t lda, int64_t size, const
   }
 }
 
-inline float Total(Vec x) {
+JRL_INLINE float Total(Vec x) {
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
@@ -209,7 +212,7 @@ inline float Total(Vec x) {
 
 // As Product, for fewer columns than a vector has lanes: a is padded with zeros, w [columns, size] transposed, likewise.
 template <int M>
-inline void NarrowTile(const float* __restrict a, int64_t size, const float* __restrict w, int64_t columns,
+JRL_INLINE void NarrowTile(const float* __restrict a, int64_t size, const float* __restrict w, int64_t columns,
                        const float* bias, float* y) {
   for (int64_t c = 0; c < columns; ++c) {
     Vec sum[M] = {};
@@ -320,7 +323,7 @@ void ForwardOne(const Shape& s, const float* x, const float* const* kernels, con
     for (int64_t l = 0; l + 1 < layers; ++l) {
       const int64_t columns = s.sizes[l + 1], padded = Padded(columns);
       float* out = hidden[l] + (kept[l] ? first * padded : 0);
-      Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l], [&](int64_t r, int64_t c, Vec sum) {
+      Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l], [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
         // What pads must be 0 even where an input is infinite.
         Store(out + r * padded + c, Act<A>(c + kLanes <= columns ? sum : First(sum, columns - c)));
       });
@@ -334,7 +337,7 @@ void ForwardOne(const Shape& s, const float* x, const float* const* kernels, con
       continue;
     }
     Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l],
-            [&](int64_t r, int64_t c, Vec sum) { Store(hidden[l] + r * padded + c, sum); });
+            [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) { Store(hidden[l] + r * padded + c, sum); });
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * outputs, hidden[l] + r * padded, outputs * sizeof(float));
   }
 }
@@ -383,7 +386,7 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
       }
       if (l > 0) {
         float* out = delta[l - 1];
-        Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr, [&](int64_t r, int64_t c, Vec sum) {
+        Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr, [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
           Store(out + r * ld + c, sum * Slope<A>(Load(in + r * ld + c)));
         });
       }
