@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -204,6 +204,22 @@ inline void Outer(int64_t rows, const float* a, int64_t lda, int64_t size, const
   }
 }
 
+// out [columns] += the sum of the rows of a [rows, columns]; several columns at a time, as one sum waits for itself.
+template <int V>
+JRL_INLINE void AddRowsTile(int64_t rows, const float* __restrict a, int64_t lda, float* __restrict out) {
+  Vec sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = Load(out + v * kLanes);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < V; ++v) sum[v] += Load(a + r * lda + v * kLanes);
+  for (int v = 0; v < V; ++v) Store(out + v * kLanes, sum[v]);
+}
+
+inline void AddRows(int64_t rows, const float* a, int64_t columns, float* out) {
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= columns; c += 8 * kLanes) AddRowsTile<8>(rows, a + c, columns, out + c);
+  for (; c < columns; c += kLanes) AddRowsTile<1>(rows, a + c, columns, out + c);
+}
+
 JRL_INLINE float Total(Vec x) {
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
@@ -268,7 +284,19 @@ void PackTransposed(const float* w, int64_t size, int64_t columns, float* panels
   const int64_t padded = Padded(columns);
   for (int64_t c = 0; c < padded; c += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, padded - c), real = std::min<int64_t>(width, columns - c);
-    for (int64_t f = 0; f < size; ++f, panels += width) {
+    int64_t f = 0;
+#if defined(__SSE__)
+    for (; f + 4 <= size && real == width; f += 4, panels += 4 * width)
+      for (int64_t i = 0; i < width; i += 4) {
+        const float* from = w + (c + i) * size + f;
+        __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + size);
+        __m128 r2 = _mm_loadu_ps(from + 2 * size), r3 = _mm_loadu_ps(from + 3 * size);
+        _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+        _mm_storeu_ps(panels + i, r0), _mm_storeu_ps(panels + width + i, r1);
+        _mm_storeu_ps(panels + 2 * width + i, r2), _mm_storeu_ps(panels + 3 * width + i, r3);
+      }
+#endif
+    for (; f < size; ++f, panels += width) {
       for (int64_t i = 0; i < real; ++i) panels[i] = w[(c + i) * size + f];
       std::fill(panels + real, panels + width, 0.0f);
     }
@@ -359,7 +387,8 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
     if (l > 0) PackTransposed(kernels[l], columns, size, panels[l] = scratch.Take(Padded(size) * columns));
     const bool transposed = narrow && l + 1 == layers;
     const int64_t count = transposed ? columns * Padded(size) : size * padded;
-    std::fill_n(grads[l] = scratch.Take(count), count, 0.0f);
+    grads[l] = !transposed && padded == columns ? kernel_grads[l] : scratch.Take(count);
+    std::fill_n(grads[l], count, 0.0f);
     std::fill_n(biases[l] = scratch.Take(padded), padded, 0.0f);
     delta[l] = scratch.Take(kBlock * padded);
   }
@@ -379,11 +408,7 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
         Outer(rows, delta[l], padded, columns, in, ld, ld, grads[l], ld);
       else
         Outer(rows, in, ld, size, delta[l], padded, padded, grads[l], padded);
-      for (int64_t c = 0; c < padded; c += kLanes) {
-        Vec sum = Load(biases[l] + c);
-        for (int64_t r = 0; r < rows; ++r) sum += Load(delta[l] + r * padded + c);
-        Store(biases[l] + c, sum);
-      }
+      AddRows(rows, delta[l], padded, biases[l]);
       if (l > 0) {
         float* out = delta[l - 1];
         Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr, [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
@@ -398,7 +423,7 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
     if (narrow && l + 1 == layers) {
       for (int64_t f = 0; f < size; ++f)
         for (int64_t c = 0; c < columns; ++c) kernel_grads[l][f * columns + c] = grads[l][c * Padded(size) + f];
-    } else {
+    } else if (grads[l] != kernel_grads[l]) {
       for (int64_t f = 0; f < size; ++f)
         std::memcpy(kernel_grads[l] + f * columns, grads[l] + f * padded, columns * sizeof(float));
     }
