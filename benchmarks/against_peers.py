@@ -9,6 +9,8 @@
         --activation relu --learning-rate 5e-3 --env-steps 1048576
     python benchmarks/against_peers.py purejaxrl-ppo ... --compile
     python benchmarks/against_peers.py purejaxrl-dqn ... --memory
+    python benchmarks/against_peers.py purejaxrl-ppo ... --kernels native
+    python benchmarks/against_peers.py table
 
 The other library is imported by an interpreter that has it (PyPI: rejax, stable-baselines3, sbx-rl) or that has
 what it needs, from a clone (``--peer-path``: PureJaxRL, purejaxql, Stoix); see ``peers/``, one adapter each. Both sides
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -239,14 +242,112 @@ def work_from(arguments: argparse.Namespace, algorithm: str) -> Work:
     return Work(**{**DEFAULTS[algorithm], **memory, **changed})
 
 
+DEFAULT_WORK = {field.name: field.default for field in dataclasses.fields(Work)}
 MEASURES = {"speed": measure_speed, "compile": measure_compile, "memory": measure_memory}
+
+
+CARTPOLE = {"env": "CartPole-v1", "num_envs": 64, "unroll_length": 128}
+MANY = {"env": "CartPole-v1", "num_envs": 2048, "unroll_length": 16}
+FEW = {"env": "CartPole-v1", "num_envs": 4, "unroll_length": 128}
+DQN = {"env": "CartPole-v1", "num_envs": 10}
+ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("PPO CartPole, 64 environments × 128 steps", "PureJaxRL", "purejaxrl-ppo", CARTPOLE),
+    ("", "rejax", "rejax-ppo", CARTPOLE),
+    ("", "Stoix", "stoix-ppo", CARTPOLE),
+    ("PPO CartPole, 2,048 × 16", "PureJaxRL", "purejaxrl-ppo", MANY),
+    ("PPO CartPole, 4 × 128", "PureJaxRL", "purejaxrl-ppo", FEW),
+    (
+        "PPO Breakout-MinAtar, 64 × 128, 64-64 network on the flat board",
+        "PureJaxRL",
+        "purejaxrl-ppo",
+        {"env": "Breakout-MinAtar"},
+    ),
+    ("DQN CartPole, 10 environments, batch 128", "PureJaxRL", "purejaxrl-dqn", DQN),
+    ("", "rejax", "rejax-dqn", DQN),
+    (
+        "PQN CartPole, 128 environments × 64, 256-256 network",
+        "purejaxql",
+        "purejaxql-pqn",
+        {"num_envs": 128},
+    ),
+    (
+        "PPO CartPole, 64 × 128, one run on two cores",
+        "PureJaxRL, on the same two",
+        "purejaxrl-ppo",
+        {**CARTPOLE, "devices": 2},
+    ),
+    (
+        "PPO CartPole, 2,048 × 16, one run on two cores",
+        "PureJaxRL, on the same two",
+        "purejaxrl-ppo",
+        {**MANY, "devices": 2},
+    ),
+    (
+        "PPO CartPole, 4 × 128, 512 seeds, two cores",
+        "PureJaxRL, vmapped",
+        "purejaxrl-ppo",
+        {**FEW, "seeds": 512, "devices": 2},
+    ),
+    (
+        "PPO CartPole, 4 × 128, 32 seeds, two cores",
+        "PureJaxRL, vmapped",
+        "purejaxrl-ppo",
+        {**FEW, "seeds": 32, "devices": 2},
+    ),
+    (
+        "DQN CartPole, 32 seeds, two cores",
+        "PureJaxRL, vmapped",
+        "purejaxrl-dqn",
+        {**DQN, "seeds": 32, "devices": 2},
+    ),
+]
+"""The README's table: work, library, peer, and what the work has that is not as of one run on one device."""
+TABLE_START, TABLE_END = "<!-- peers-table:start -->", "<!-- peers-table:end -->"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def newest(peer: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the last record of ``peer`` in the results whose work is ``wanted``, None without any."""
+    wanted = {"seeds": 1, "devices": 1, "prng": "threefry", "kernels": "xla", **wanted}
+    found = None
+    for line in (throughput.RESULTS / f"peers-{peer}.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        # Fields that a record lacks did not exist, and were as they are by default.
+        if wanted.items() <= {**DEFAULT_WORK, **record["work"]}.items():
+            found = record
+    return found
+
+
+def table() -> str:
+    """Return the README's table of ratios, by the newest record of each row, with XLA's products and with our own."""
+    lines = ["| Work | Library | Ratio | `--kernels native` |", "|---|---|---:|---:|"]
+    for work, library, peer, wanted in ROWS:
+        cells = []
+        for kernels in ("xla", "native"):
+            record = newest(peer, {**wanted, "kernels": kernels})
+            cells.append(
+                "" if record is None else "{median:.2f} ({min:.2f} to {max:.2f})".format(**record["ratio"])
+            )
+        lines.append(
+            f"| {work} | {library} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def insert_table(readme: str) -> str:
+    """Return the README's text with the table of the records between its two markers."""
+    before, rest = readme.split(TABLE_START)
+    _, after = rest.split(TABLE_END)
+    return before + TABLE_START + "\n" + table() + TABLE_END + after
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("peer", choices=tuple(PEERS))
+    parser.add_argument(
+        "peer", choices=("table", *PEERS), help="table: write that of the records into the README"
+    )
     parser.add_argument("--peer-path", type=Path, help="a clone of the peer, for those not on PyPI")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that can import it")
     what = parser.add_mutually_exclusive_group()
@@ -260,6 +361,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a worker may take for an answer")
     parser.add_argument("--out", type=Path, default=throughput.RESULTS)
     arguments = parser.parse_args(argv)
+    if arguments.peer == "table":
+        README.write_text(insert_table(README.read_text()))
+        return
     work = work_from(arguments, PEERS[arguments.peer].algorithm)
     throughput.pin(arguments.core)
     jobs = make_jobs(

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_
 CASES = {
     "discrete": make_ppo(),
     "continuous": make_ppo("Pendulum-v1", **PENDULUM),
+    "native": make_ppo(hidden_sizes=(8, 8), kernels="native"),
     "gru": make_ppo("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
 }
 
@@ -70,6 +72,9 @@ def assert_close(a, b, rtol=1e-4):
         pytest.param("discrete", 2, marks=pytest.mark.optimized),
         pytest.param("discrete", 8, marks=pytest.mark.optimized),
         ("continuous", 8),
+        pytest.param(
+            "native", 2, marks=pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+        ),
         ("gru", 2),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import against_peers
 import ladder
 import learning
 import meta_learning
@@ -15,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_table_is_generated_from_the_records():
     readme = (ROOT / "README.md").read_text()
     assert learning.insert_table(readme) == readme, "run: python benchmarks/learning.py --table"
+
+
+def test_the_table_of_other_libraries_is_generated_from_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert against_peers.insert_table(readme) == readme, "run: python benchmarks/against_peers.py table"
 
 
 def test_the_table_of_the_ladder_is_generated_from_the_records():

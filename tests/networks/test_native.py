@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,12 @@ import jrl
 from jrl import dqn, networks, ppo
 from jrl.networks import fused, native, native_build
 from jrl.networks.fused import Layer
+from jrl.sweep import runner
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
+)
 
 
 def layers(sizes, members=()):
@@ -140,6 +146,15 @@ def test_a_run_says_what_computed_it_and_is_resumed_with_it(tmp_path):
     halves = jrl.resume(tmp_path / "halves", env_steps=256, progress="none")
     assert '"kernels": "native"' in (tmp_path / "halves" / "run.json").read_text()
     jax.tree.map(np.testing.assert_array_equal, whole.state.params, halves.state.params)
+
+
+def test_a_member_of_a_sharded_sweep_is_the_run_alone_bit_for_bit(tmp_path):
+    config = {"num_envs": 4, "unroll_length": 8, "hidden_sizes": [8, 8], "kernels": "native"}
+    common = {"config": config, "env_steps": 64, "progress": "none", "eval_episodes": 0}
+    together = runner.execute("ppo", env="CartPole-v1", seeds=3, out=tmp_path / "sweep", **common)
+    alone = jrl.run("ppo", "CartPole-v1", seed=2, out=tmp_path / "run", **common)
+    member = jax.tree.map(lambda leaf: leaf[2], together.states.params)
+    jax.tree.map(np.testing.assert_array_equal, member, alone.state.params)
 
 
 @pytest.mark.parametrize(
