@@ -28,7 +28,7 @@ constexpr int kLanes = 8, kTile = 6;
 #else
 constexpr int kLanes = 4, kTile = 6;
 #endif
-constexpr int kBlock = 48;    // rows: the activations of 64 units and one layer's weights then fit 32 KB, nearly
+constexpr int kBlock = 48;    // rows: of 64 units, with the weights of one such layer, they fit 32 KB
 constexpr int kFewRows = 32;  // below, reordering the weights would cost as much as the product
 constexpr int kMaxLayers = 8;
 constexpr int kPanel = 2 * kLanes;
@@ -109,7 +109,7 @@ JRL_INLINE Vec Slope(Vec y) {
 // Sums over the columns of a: out[m, :] = bias + sum_f a[m, f] w[f, :].
 template <int M, int V, typename Finish>
 JRL_INLINE void RowsTile(const float* __restrict a, int64_t lda, int64_t size, const float* __restrict w, int64_t ldw,
-                     const float* bias, Finish finish) {
+                         const float* bias, Finish finish) {
   Vec sum[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) sum[m][v] = bias ? Load(bias + v * kLanes) : Vec{};
@@ -127,7 +127,7 @@ JRL_INLINE void RowsTile(const float* __restrict a, int64_t lda, int64_t size, c
 
 template <int V, int M = kTile, typename Finish>
 JRL_INLINE void RowsTail(int64_t rows, const float* a, int64_t lda, int64_t size, const float* w, int64_t ldw,
-                     const float* bias, Finish finish) {
+                         const float* bias, Finish finish) {
   if constexpr (M > 0) {
     if (rows == M) return RowsTile<M, V>(a, lda, size, w, ldw, bias, finish);
     RowsTail<V, M - 1>(rows, a, lda, size, w, ldw, bias, finish);
@@ -162,7 +162,7 @@ inline void Product(int64_t rows, const float* a, int64_t lda, int64_t size, con
 // Sums over rows: out[m, :] += sum_r a[r, m] b[r, :].
 template <int M, int V>
 JRL_INLINE void OuterTile(int64_t rows, const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb,
-                      float* __restrict out, int64_t ldo) {
+                          float* __restrict out, int64_t ldo) {
   Vec sum[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) sum[m][v] = Load(out + m * ldo + v * kLanes);
@@ -179,8 +179,8 @@ JRL_INLINE void OuterTile(int64_t rows, const float* __restrict a, int64_t lda, 
 }
 
 template <int V, int M = kTile>
-JRL_INLINE void OuterTail(int64_t left, int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* out,
-                      int64_t ldo) {
+JRL_INLINE void OuterTail(int64_t left, int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb,
+                          float* out, int64_t ldo) {
   if constexpr (M > 0) {
     if (left == M) return OuterTile<M, V>(rows, a, lda, b, ldb, out, ldo);
     OuterTail<V, M - 1>(left, rows, a, lda, b, ldb, out, ldo);
@@ -188,8 +188,8 @@ JRL_INLINE void OuterTail(int64_t left, int64_t rows, const float* a, int64_t ld
 }
 
 // out [size, columns] += a^T b, of a [rows, size] and b [rows, columns].
-inline void Outer(int64_t rows, const float* a, int64_t lda, int64_t size, const float* b, int64_t ldb,
-                  int64_t columns, float* out, int64_t ldo) {
+inline void Outer(int64_t rows, const float* a, int64_t lda, int64_t size, const float* b, int64_t ldb, int64_t columns,
+                  float* out, int64_t ldo) {
   for (int64_t f = 0; f < size; f += kTile) {
     const int64_t left = std::min<int64_t>(kTile, size - f);
     for (int64_t c = 0; c < columns; c += kPanel) {
@@ -226,10 +226,11 @@ JRL_INLINE float Total(Vec x) {
   return x[0];
 }
 
-// As Product, for fewer columns than a vector has lanes: a is padded with zeros, w [columns, size] transposed, likewise.
+// As Product, for fewer columns than a vector has lanes: a is padded with zeros, w [columns, size] transposed,
+// likewise.
 template <int M>
 JRL_INLINE void NarrowTile(const float* __restrict a, int64_t size, const float* __restrict w, int64_t columns,
-                       const float* bias, float* y) {
+                           const float* bias, float* y) {
   for (int64_t c = 0; c < columns; ++c) {
     Vec sum[M] = {};
     for (int64_t f = 0; f < size; f += kLanes) {
@@ -261,6 +262,7 @@ class Scratch {
     next_ += (floats + 15) / 16 * 16;
     return out;
   }
+
  private:
   std::vector<float> buffer_;
   float* next_ = nullptr;
@@ -351,10 +353,11 @@ void ForwardOne(const Shape& s, const float* x, const float* const* kernels, con
     for (int64_t l = 0; l + 1 < layers; ++l) {
       const int64_t columns = s.sizes[l + 1], padded = Padded(columns);
       float* out = hidden[l] + (kept[l] ? first * padded : 0);
-      Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l], [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
-        // What pads must be 0 even where an input is infinite.
-        Store(out + r * padded + c, Act<A>(c + kLanes <= columns ? sum : First(sum, columns - c)));
-      });
+      Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l],
+              [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
+                // What pads must be 0 even where an input is infinite.
+                Store(out + r * padded + c, Act<A>(c + kLanes <= columns ? sum : First(sum, columns - c)));
+              });
       in = out;
       ld = padded;
     }
@@ -365,14 +368,15 @@ void ForwardOne(const Shape& s, const float* x, const float* const* kernels, con
       continue;
     }
     Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l],
-            [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) { Store(hidden[l] + r * padded + c, sum); });
+            [&](int64_t r, int64_t c, Vec sum)
+                __attribute__((always_inline)) { Store(hidden[l] + r * padded + c, sum); });
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * outputs, hidden[l] + r * padded, outputs * sizeof(float));
   }
 }
 
 template <int A>
-void BackwardOne(const Shape& s, const float* x, const float* const* kernels, const float* const* kept,
-                 const float* dy, float* const* kernel_grads, float* const* bias_grads) {
+void BackwardOne(const Shape& s, const float* x, const float* const* kernels, const float* const* kept, const float* dy,
+                 float* const* kernel_grads, float* const* bias_grads) {
   const int64_t layers = s.layers;
   const bool narrow = s.sizes[layers] < kLanes;
   size_t need = 0;
@@ -411,9 +415,9 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
       AddRows(rows, delta[l], padded, biases[l]);
       if (l > 0) {
         float* out = delta[l - 1];
-        Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr, [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
-          Store(out + r * ld + c, sum * Slope<A>(Load(in + r * ld + c)));
-        });
+        Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr,
+                [&](int64_t r, int64_t c, Vec sum)
+                    __attribute__((always_inline)) { Store(out + r * ld + c, sum * Slope<A>(Load(in + r * ld + c))); });
       }
     }
   }
@@ -439,7 +443,8 @@ Shape ShapeOf(const ffi::AnyBuffer& x, ffi::RemainingArgs weights, size_t first_
   s.rows = dims[dims.size() - 2];
   s.layers = layers;
   s.sizes[0] = dims[dims.size() - 1];
-  for (size_t l = 0; l < layers; ++l) s.sizes[l + 1] = weights.get<ffi::AnyBuffer>(first_kernel + l * step)->dimensions().back();
+  for (size_t l = 0; l < layers; ++l)
+    s.sizes[l + 1] = weights.get<ffi::AnyBuffer>(first_kernel + l * step)->dimensions().back();
   return s;
 }
 
@@ -497,7 +502,13 @@ ffi::Error Backward(int64_t activation, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi
 
 extern "C" int jrl_lanes() { return kLanes; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_forward, Forward,
-                              ffi::Ffi::Bind().Attr<int64_t>("activation").Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jrl_mlp_forward, Forward,
+    ffi::Ffi::Bind().Attr<int64_t>("activation").Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_backward, Backward,
-                              ffi::Ffi::Bind().Attr<int64_t>("activation").Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("activation")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
