@@ -17,6 +17,7 @@ Of the branches of a ``cond`` the cheapest counts; the body of a ``while`` of un
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Literal
+
+from jrl.networks import fused, native
 
 Shape = tuple[int, int, int, int]  # batch, M, N, K
 
@@ -137,11 +140,38 @@ def _equation(equation: Any, used: Sequence[bool]) -> Work:
         return dataclasses.replace(kernel, products=products, bytes=0.0, array_bytes=0.0) + _moved(
             *ins, *outs
         )
+    if name == "ffi_call" and params["target_name"].startswith(native.NAMES):
+        return _native(params, ins) + _moved(*ins, *outs)
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in params:
             inner = _open(params[key])
             return _jaxpr(inner, used if len(used) == len(inner.outvars) else [True] * len(inner.outvars))
     return _primitive(name, params, ins, outs)
+
+
+def _native(params: Mapping[str, Any], ins: Sequence[Any]) -> Work:
+    """Return the operations of a call of :mod:`jrl.networks.native`: those of the layers one by one."""
+    activation = native.ACTIVATIONS[int(dict(params["attributes"])["activation"])]
+
+    def through(layers: Any, x: jax.Array) -> jax.Array:
+        whole = functools.partial(fused.reference, activation, True)
+        for _ in x.shape[:-2]:
+            whole = jax.vmap(whole)
+        return whole(layers, x)
+
+    def both(layers: Any, x: jax.Array, grad: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda layers: through(layers, x), layers)
+        return y, pull(grad)
+
+    x, *rest = ins
+    if params["target_name"].startswith(native.NAMES[0]):
+        work = count(through, list(zip(rest[::2], rest[1::2], strict=True)), x)
+    else:
+        grad, *rest = rest
+        kernels = rest[: (len(rest) + 1) // 2]  # then the activations of all layers but the last
+        layers = [(k, jax.ShapeDtypeStruct(k.shape[:-2] + k.shape[-1:], k.dtype)) for k in kernels]
+        work = count(both, layers, x, grad) - count(through, layers, x)
+    return dataclasses.replace(work, bytes=0.0, array_bytes=0.0)
 
 
 def _open(jaxpr: Any) -> Any:

@@ -24,7 +24,10 @@ from jrl.networks.native_build import load, target
 ACTIVATIONS = ("tanh", "relu")
 """What it computes, by the number that the source has for it."""
 
-MOST_LAYERS = 8
+NAMES = ("jrl_mlp_forward", "jrl_mlp_backward")
+"""What XLA knows its calls as; the name of a build follows (:func:`jrl.networks.native_build.target`)."""
+
+MOST_LAYERS = 8  # as the source has it
 
 
 def check(sizes: Sequence[int], activation: str, *, layer_norm: bool = False) -> None:

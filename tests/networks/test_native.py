@@ -11,6 +11,7 @@ import pytest
 
 import jrl
 from jrl import dqn, networks, ppo
+from jrl.bench import work
 from jrl.networks import fused, native, native_build
 from jrl.networks.fused import Layer
 from jrl.sweep import runner
@@ -115,7 +116,12 @@ def test_the_network_of_ppo_is_the_same_function(name, shared):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"dueling": True}, {"distribution": "quantile", "num_atoms": 5, "dueling": True}]
+    "change",
+    [
+        {"dueling": True},
+        {"distribution": "quantile", "num_atoms": 5, "dueling": True},
+        {"distribution": "categorical", "num_atoms": 5, "noisy": True, "noise_draws": 2},
+    ],
 )
 def test_a_step_of_dqn_is_the_same(change):
     def steps(kernels):
@@ -136,6 +142,19 @@ def test_a_step_of_dqn_is_the_same(change):
         return state.params, metrics["loss"]
 
     assert_equal(steps("native"), steps("xla"))
+
+
+def test_its_work_is_counted_as_that_of_the_layers():
+    params, x = layers((5, 20, 33, 3), members=(2,)), jnp.zeros((2, 51, 5))
+
+    def counted(function):
+        grad = jax.grad(lambda p, x: jax.vmap(lambda p, x: function(p, x, "tanh"))(p, x).sum())
+        return work.count(grad, params, x)
+
+    ours, theirs = counted(native.mlp), counted(lambda p, x, name: fused.reference(name, True, p, x))
+    assert ours.transcendentals == theirs.transcendentals > 0
+    # The last layer's output is computed by it although its sum alone would not need it for a gradient.
+    assert ours.flops - theirs.flops == 2 * 2 * 51 * 33 * 3
 
 
 def test_a_run_says_what_computed_it_and_is_resumed_with_it(tmp_path):
