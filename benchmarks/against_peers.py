@@ -10,7 +10,7 @@
     python benchmarks/against_peers.py purejaxrl-ppo ... --compile
     python benchmarks/against_peers.py purejaxrl-dqn ... --memory
     python benchmarks/against_peers.py purejaxrl-ppo ... --kernels native
-    python benchmarks/against_peers.py table
+    python benchmarks/against_peers.py --table
 
 The other library is imported by an interpreter that has it (PyPI: rejax, stable-baselines3, sbx-rl) or that has
 what it needs, from a clone (``--peer-path``: PureJaxRL, purejaxql, Stoix); see ``peers/``, one adapter each. Both sides
@@ -328,9 +328,7 @@ def table() -> str:
             cells.append(
                 "" if record is None else "{median:.2f} ({min:.2f} to {max:.2f})".format(**record["ratio"])
             )
-        lines.append(
-            f"| {work} | {library} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
-        )
+        lines.append("".join(f"| {cell} " if cell else "| " for cell in (work, library, *cells)) + "|")
     return "\n".join(lines) + "\n"
 
 
@@ -345,9 +343,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "peer", choices=("table", *PEERS), help="table: write that of the records into the README"
-    )
+    parser.add_argument("peer", nargs="?", choices=tuple(PEERS))
+    parser.add_argument("--table", action="store_true", help="write the table of the records into the README")
     parser.add_argument("--peer-path", type=Path, help="a clone of the peer, for those not on PyPI")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that can import it")
     what = parser.add_mutually_exclusive_group()
@@ -361,9 +358,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a worker may take for an answer")
     parser.add_argument("--out", type=Path, default=throughput.RESULTS)
     arguments = parser.parse_args(argv)
-    if arguments.peer == "table":
+    if arguments.table:
         README.write_text(insert_table(README.read_text()))
         return
+    if arguments.peer is None:
+        parser.error(f"name a library: {', '.join(PEERS)}")
     work = work_from(arguments, PEERS[arguments.peer].algorithm)
     throughput.pin(arguments.core)
     jobs = make_jobs(

@@ -20,7 +20,7 @@ def test_the_readme_table_is_generated_from_the_records():
 
 def test_the_table_of_other_libraries_is_generated_from_the_records():
     readme = (ROOT / "README.md").read_text()
-    assert against_peers.insert_table(readme) == readme, "run: python benchmarks/against_peers.py table"
+    assert against_peers.insert_table(readme) == readme, "run: python benchmarks/against_peers.py --table"
 
 
 def test_the_table_of_the_ladder_is_generated_from_the_records():
