@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,23 @@ def adam(
         return (flat if _is_small(grads) else inner).update(grads, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def mean_over(f: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
+    """Return the mean of ``f`` over the leading axis of ``parts``, one part after the other: of a gradient, say.
+
+    What ``f`` needs while it computes, it needs for one part at a time.
+    """
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return f(jax.tree.map(lambda leaf: leaf[0], parts))
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(f, first))
+
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, f(part)), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda leaf: leaf / len(jax.tree.leaves(parts)[0]), total)
 
 
 def global_norm(tree: PyTree) -> jax.Array:

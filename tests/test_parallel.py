@@ -27,7 +27,7 @@ PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_
 CASES = {
     "discrete": make_ppo(),
     "continuous": make_ppo("Pendulum-v1", **PENDULUM),
-    "native": make_ppo(hidden_sizes=(8, 8), kernels="native"),
+    "native": make_ppo(hidden_sizes=(8, 8), kernels="native", num_microbatches=2),
     "gru": make_ppo("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
 }
 

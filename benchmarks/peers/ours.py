@@ -89,6 +89,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
             unroll_length=work.unroll_length,
             num_epochs=work.num_epochs,
             num_minibatches=work.num_minibatches,
+            num_microbatches=work.num_microbatches,
             **shared,
         )
         hparams = jrl.ppo.HParams(

@@ -113,6 +113,8 @@ def shard(config: Any, shards: Shards) -> int:
             f"shards, {num_envs} × {config.unroll_length} = {num_envs * config.unroll_length}: each minibatch takes an "
             "equal part of every shard; use fewer minibatches or shards."
         )
+    if shards.count > 1:
+        _microbatches(config, num_envs * config.unroll_length, f" of one of {shards.count} shards")
     return num_envs
 
 
@@ -134,6 +136,7 @@ def minibatches(config: Any) -> None:
             f"{config.num_envs} × {config.unroll_length} = {batch}; use for instance "
             f"{_nearest_divisors(batch, config.num_minibatches)}."
         )
+    _microbatches(config, batch)
     # PQN has no advantages.
     if getattr(config, "standardize_advantages", False) and batch == config.num_minibatches:
         raise ValueError(
@@ -151,6 +154,16 @@ def sequences(config: Any, shards: Shards) -> None:
             f"num_minibatches={config.num_minibatches} does not divide the num_envs={num_envs} environments{of_shard}: "
             "with a memory a minibatch is the whole unrolls of some of them; use for instance "
             f"{_nearest_divisors(num_envs, config.num_minibatches)}."
+        )
+    _microbatches(config, num_envs, " of whole unrolls")
+
+
+def _microbatches(config: Any, batch: int, what: str = "") -> None:
+    minibatch, parts = batch // config.num_minibatches, getattr(config, "num_microbatches", 1)
+    if minibatch % parts:
+        raise ValueError(
+            f"num_microbatches={parts} does not divide a minibatch{what}, {batch} / {config.num_minibatches} = "
+            f"{minibatch}; use for instance {_nearest_divisors(minibatch, parts)}."
         )
 
 

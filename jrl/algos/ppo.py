@@ -13,6 +13,7 @@ values are computed once after the rollout, on the whole batch, instead of at ea
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from flax import struct
 from jrl import networks, normalize, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, default_optimizer, global_norm, mean_over
 from jrl.types import (
     Algorithm,
     Array,
@@ -52,6 +53,9 @@ class Config:
     """Passes over each batch."""
     num_minibatches: int = 4
     """Parts of a batch, each one gradient step; must divide num_envs × unroll_length, with a memory num_envs."""
+    num_microbatches: int = 1
+    """Parts of a minibatch whose gradients are computed one after the other and averaged: less memory, and what a
+    large one keeps for the backward pass stays in the cache. The same step to rounding."""
     objective: str = "clip"
     """'clip'; 'kl': penalise the divergence from the policy that acted by kl_coef; 'adaptive_kl': by a coefficient that
     begins there and halves or doubles to keep the divergence near target_kl."""
@@ -89,7 +93,7 @@ class Config:
     """Skip what is left of an update once a minibatch's KL exceeds target_kl."""
 
     def __post_init__(self) -> None:
-        checks.sizes(self, "num_envs", "unroll_length", "num_epochs", "num_minibatches")
+        checks.sizes(self, "num_envs", "unroll_length", "num_epochs", "num_minibatches", "num_microbatches")
         checks.minibatches(self)
         checks.choice(self, "objective", ("clip", "kl", "adaptive_kl"))
         checks.choice(self, "memory", ("none", "gru", "transformer"))
@@ -208,9 +212,11 @@ def make(
         checks.sequences(config, shards)
     penalized, adaptive = config.objective != "clip", config.objective == "adaptive_kl"
 
-    # Shards exchange the moments of all minibatches at once, so that in the loop they exchange gradients only.
-    standardize_before = config.standardize_advantages and shards.count > 1
-    standardize_within = config.standardize_advantages and shards.count == 1
+    # Of a minibatch as a whole: before it is split. Shards exchange the moments of all minibatches at once, so that in
+    # the loop they exchange gradients only.
+    split = shards.count > 1 or config.num_microbatches > 1
+    standardize_before = config.standardize_advantages and split
+    standardize_within = config.standardize_advantages and not split
 
     def mean(x: Array) -> Array:
         return shards.mean(jnp.mean(x))
@@ -319,6 +325,9 @@ def make(
         def part(leaf: Array, index: Array) -> Array:
             return leaf[:, index] if with_memory else leaf[index]
 
+        def microbatches(leaf: Array) -> Array:
+            return jnp.moveaxis(leaf.reshape(*leaf.shape[:-1], config.num_microbatches, -1), -2, 0)
+
         shuffles = ops.shuffled_indices(key, size, config.num_epochs)
         shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
         advantages = None
@@ -327,13 +336,17 @@ def make(
                 shuffles
             )
 
-        def minibatch_step(carry: tuple, shuffled: tuple) -> tuple[tuple, Metrics]:
-            params, opt_state, stopped = carry
+        def gradient(params: Params, shuffled: tuple) -> tuple[Params, Metrics]:
             index, advantage = shuffled
             minibatch = jax.tree.map(lambda leaf: part(leaf, index), batch)
             if standardize_before:
                 minibatch = minibatch._replace(advantage=advantage)
-            grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch, kl_coef, hparams))
+            return jax.grad(loss, has_aux=True)(params, minibatch, kl_coef, hparams)
+
+        def minibatch_step(carry: tuple, shuffled: tuple) -> tuple[tuple, Metrics]:
+            params, opt_state, stopped = carry
+            parts = jax.tree.map(microbatches, shuffled)
+            grads, metrics = shards.mean(mean_over(functools.partial(gradient, params), parts))
             metrics["grad_norm"] = global_norm(grads)
             updates, new_opt_state = gradient_step(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
