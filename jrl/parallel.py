@@ -60,7 +60,7 @@ def data_parallel(
     if "shards" not in inspect.signature(make).parameters:
         raise TypeError(
             f"data_parallel(make={make!r}): it takes no shards=..., so that its environments cannot be split "
-            "over devices. jrl.ppo.make does; other algorithms run on one device."
+            "over devices. jrl.ppo.make and jrl.pqn.make do; other algorithms run on one device."
         )
     devices = jax.devices() if devices is None else list(devices)
     num_shards = len(devices) if num_shards is None else num_shards

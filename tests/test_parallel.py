@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import checkpoint, dqn, ppo
+from jrl import checkpoint, dqn, ppo, pqn
 from jrl.envs import from_functions
 from jrl.parallel import data_parallel
 
@@ -18,9 +18,9 @@ NUM_SHARDS = 8
 HPARAMS = ppo.HParams(env=None)
 
 
-def make_ppo(env="CartPole-v1", **choices):
+def make_ppo(env="CartPole-v1", module=ppo, **choices):
     sizes = {"num_envs": 16, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
-    return functools.partial(ppo.make, jrl.make(env), ppo.Config(**sizes | choices))
+    return functools.partial(module.make, jrl.make(env), module.Config(**sizes | choices))
 
 
 PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_target_kl": True}
@@ -29,23 +29,25 @@ CASES = {
     "continuous": make_ppo("Pendulum-v1", **PENDULUM),
     "native": make_ppo(hidden_sizes=(8, 8), kernels="native", num_microbatches=2),
     "gru": make_ppo("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
+    "pqn": make_ppo(module=pqn),
 }
 
 
 class Run:
     """Two steps of an algorithm from one key, with its program."""
 
-    def __init__(self, algo):
+    def __init__(self, algo, hparams):
         self.algo = algo
-        self.start = jax.jit(algo.init)(jax.random.key(0), HPARAMS)
-        self.compiled = jax.jit(algo.step).lower(self.start, HPARAMS).compile()
-        self.first, self.first_metrics = self.compiled(self.start, HPARAMS)
-        self.second, self.second_metrics = self.compiled(self.first, HPARAMS)
+        self.start = jax.jit(algo.init)(jax.random.key(0), hparams)
+        self.compiled = jax.jit(algo.step).lower(self.start, hparams).compile()
+        self.first, self.first_metrics = self.compiled(self.start, hparams)
+        self.second, self.second_metrics = self.compiled(self.first, hparams)
 
 
 @functools.cache
 def run(case, num_devices):
-    return Run(data_parallel(CASES[case], jax.devices()[:num_devices], num_shards=NUM_SHARDS))
+    algo = data_parallel(CASES[case], jax.devices()[:num_devices], num_shards=NUM_SHARDS)
+    return Run(algo, pqn.HParams() if case == "pqn" else HPARAMS)
 
 
 def raw(tree):
@@ -197,7 +199,7 @@ def test_what_cannot_be_split_says_so():
         data_parallel(make_ppo(), [])
     with pytest.raises(ValueError, match=r"num_minibatches=16 does not divide .* 8 shards, 2 × 4 = 8"):
         data_parallel(make_ppo(unroll_length=4, num_minibatches=16))
-    with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.ppo.make does"):
+    with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.pqn.make do"):
         data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
 
 

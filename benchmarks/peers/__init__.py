@@ -64,7 +64,7 @@ class Work:
     prng: str = "threefry"
     """jrl's generator, or hashed; the other side has JAX's own."""
     kernels: str = "xla"
-    """What computes jrl's network, xla or native (ppo and dqn); the other side has XLA."""
+    """What computes jrl's network, xla or native; the other side has XLA."""
     num_microbatches: int = 1
     """Parts of a minibatch of jrl's PPO, one after the other; the other side has it in one."""
 

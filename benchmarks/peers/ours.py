@@ -83,6 +83,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
     shared = {"hidden_sizes": tuple(work.hidden_sizes), "activation": work.activation}
     if work.kernels != "xla":
         shared["kernels"] = work.kernels
+    warmup = 0
     if algorithm == "ppo":
         config = jrl.ppo.Config(
             num_envs=work.num_envs,
@@ -96,9 +97,6 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
             learning_rate=work.learning_rate, anneal_env_steps=work.env_steps, gamma=GAMMA
         )
         make = functools.partial(jrl.ppo.make, env, config)
-        one_run_sharded = work.devices > 1 and work.seeds == 1
-        algo = parallel.data_parallel(make, jax.devices()[: work.devices]) if one_run_sharded else make()
-        warmup = 0
     elif algorithm == "pqn":
         config = jrl.pqn.Config(
             num_envs=work.num_envs,
@@ -116,7 +114,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
             epsilon_env_steps=work.env_steps * EXPLORATION,
         )
         # Scaled as purejaxql's are; returns are those of the environment as it is.
-        algo, warmup = jrl.pqn.make(envs.scale_reward(env, REWARD_SCALE), config), 0
+        make = functools.partial(jrl.pqn.make, envs.scale_reward(env, REWARD_SCALE), config)
     else:
         config = jrl.dqn.Config(
             num_envs=work.num_envs,
@@ -141,8 +139,11 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
         def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
             return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8)
 
-        algo = jrl.dqn.make(env, config, optimizer=adam)
-        warmup = -(-work.warmup_env_steps // algo.env_steps_per_step) * algo.env_steps_per_step
+        make = functools.partial(jrl.dqn.make, env, config, optimizer=adam)
+        warmup = work.warmup_env_steps
+    one_run_sharded = work.devices > 1 and work.seeds == 1
+    algo = parallel.data_parallel(make, jax.devices()[: work.devices]) if one_run_sharded else make()
+    warmup = -(-warmup // algo.env_steps_per_step) * algo.env_steps_per_step
     if (work.env_steps - warmup) % algo.env_steps_per_step or work.env_steps <= warmup:
         raise ValueError(
             f"env_steps={work.env_steps}: must exceed the warm-up of {warmup} by a multiple of "

@@ -33,6 +33,7 @@ from jrl.types import (
     Params,
     Policy,
     PyTree,
+    Shards,
     Transition,
 )
 
@@ -57,6 +58,8 @@ class Config:
     """Channels of the 3×3 convolutions of a cnn."""
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu in one C++ kernel, on a CPU, compiled at first use by its compiler."""
     layer_norm: bool = True
     """Normalise before each activation: what keeps learning stable without a target network."""
 
@@ -118,6 +121,7 @@ def make(
     *,
     network: Any = None,
     optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
+    shards: Shards = Shards(),  # noqa: B008 - a constant
 ) -> Algorithm:
     """Return PQN on ``env`` as an :class:`~jrl.types.Algorithm`.
 
@@ -126,16 +130,19 @@ def make(
         config: static choices.
         network: any ``init``/``apply`` pair, ``obs -> Q [..., A]``. None builds one from ``config``.
         optimizer: ``(hparams, learning_rate) -> optax transformation``; its state must not depend on either.
+        shards: the parts of a run's environments, of which this kernel is to compute one; given by
+            :func:`jrl.parallel.data_parallel`.
 
     Raises:
         TypeError: ``env``, ``config`` or ``network`` is not what it should be, or the actions are not Discrete.
         ValueError: ``env`` is vectorised already; ``network``'s width is not the number of actions, or it has a
-            memory.
+            memory; ``config`` cannot be split into so many shards.
     """
     config = checks.config(config, Config)
     checks.environment(env)
     action = checks.discrete(env, "pqn")
-    envs = vectorize(env, config.num_envs)
+    num_envs = checks.shard(config, shards)
+    envs = vectorize(env, num_envs)
     network = (
         networks.q_network(env, config, features_first=True)
         if network is None
@@ -161,7 +168,7 @@ def make(
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
         network_key, reset_key, state_key = jax.random.split(key, 3)
-        start = rollout.start(reset_key, envs, env_params(hparams), config.num_envs)
+        start = rollout.start(reset_key, envs, env_params(hparams), num_envs)
         params = network.init(network_key, start.obs, ())
         return State(
             params=params,
@@ -192,29 +199,26 @@ def make(
         batch = Batch(transitions.obs, transitions.action, target)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
 
-    def loss(params: Params, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
+    def loss(params: Params, batch: Batch) -> tuple[Array, Metrics]:
         q = action_values(params, batch.obs)
         td_error = ops.td_error(q, batch.action, batch.target)
-        return 0.5 * jnp.mean(td_error**2), (td_error, q)
+        total = 0.5 * jnp.mean(td_error**2)
+        return total, {"loss": total, "td_error": jnp.abs(td_error).mean(), "q": q.max(-1).mean()}
 
     def update(
         state: State, batch: Batch, key: Key, hparams: HParams, learning_rate: Array
     ) -> tuple[State, Metrics]:
         """Take num_epochs × num_minibatches gradient steps on ``batch``."""
         gradient_step = optimizer(hparams, learning_rate).update
-        shuffles = ops.shuffled_indices(key, env_steps_per_step, config.num_epochs)
+        shuffles = ops.shuffled_indices(key, batch.action.size, config.num_epochs)
 
         def minibatch_step(carry: tuple[Params, PyTree], index: Array) -> tuple[tuple, Metrics]:
             params, opt_state = carry
             minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
-            (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(params, minibatch)
+            grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch))
             updates, opt_state = gradient_step(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), {
-                "loss": loss_value,
-                "td_error": jnp.abs(td_error).mean(),
-                "q": q.max(-1).mean(),
-                "grad_norm": global_norm(grads),
-            }
+            metrics["grad_norm"] = global_norm(grads)
+            return (optax.apply_updates(params, updates), opt_state), metrics
 
         (params, opt_state), metrics = jax.lax.scan(
             minibatch_step,

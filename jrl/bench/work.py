@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from jrl.networks import fused, native
+from jrl.networks import native
 
 Shape = tuple[int, int, int, int]  # batch, M, N, K
 
@@ -150,27 +150,35 @@ def _equation(equation: Any, used: Sequence[bool]) -> Work:
 
 
 def _native(params: Mapping[str, Any], ins: Sequence[Any]) -> Work:
-    """Return the operations of a call of :mod:`jrl.networks.native`: those of the layers one by one."""
-    activation = native.ACTIVATIONS[int(dict(params["attributes"])["activation"])]
+    """Return the operations of a call of :mod:`jrl.networks.native`: those of the layers one by one, on all of x."""
+    attributes = dict(params["attributes"])
+    activation, norm = native.ACTIVATIONS[int(attributes["activation"])], bool(attributes["norm"])
 
-    def through(layers: Any, x: jax.Array) -> jax.Array:
-        whole = functools.partial(fused.reference, activation, True)
+    def through(weights: tuple[Any, Any], x: jax.Array) -> jax.Array:
+        whole = functools.partial(native.reference, activation)
         for _ in x.shape[:-2]:
             whole = jax.vmap(whole)
-        return whole(layers, x)
+        return whole(*weights, x)
 
-    def both(layers: Any, x: jax.Array, grad: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda layers: through(layers, x), layers)
+    def both(weights: tuple[Any, Any], x: jax.Array, grad: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda weights: through(weights, x), weights)
         return y, pull(grad)
+
+    def of(leaves: Sequence[Any]) -> list[native.Norm]:
+        return [native.Norm(*pair) for pair in zip(leaves[::2], leaves[1::2], strict=True)]
 
     x, *rest = ins
     if params["target_name"].startswith(native.NAMES[0]):
-        work = count(through, list(zip(rest[::2], rest[1::2], strict=True)), x)
+        num = (len(rest) + 2) // 4 if norm else len(rest) // 2
+        layers = list(zip(rest[: 2 * num : 2], rest[1 : 2 * num : 2], strict=True))
+        work = count(through, (layers, of(rest[2 * num :])), x)
     else:
         grad, *rest = rest
-        kernels = rest[: (len(rest) + 1) // 2]  # then the activations of all layers but the last
-        layers = [(k, jax.ShapeDtypeStruct(k.shape[:-2] + k.shape[-1:], k.dtype)) for k in kernels]
-        work = count(both, layers, x, grad) - count(through, layers, x)
+        # Kernels, what was kept of all layers but the last, and with layer norm two arrays and one more of each.
+        num = (len(rest) + 4) // 5 if norm else (len(rest) + 1) // 2
+        layers = [(k, jax.ShapeDtypeStruct(k.shape[:-2] + k.shape[-1:], k.dtype)) for k in rest[:num]]
+        weights = layers, of(rest[2 * num - 1 :][: 2 * (num - 1)] if norm else ())
+        work = count(both, weights, x, grad) - count(through, weights, x)
     return dataclasses.replace(work, bytes=0.0, array_bytes=0.0)
 
 

@@ -218,7 +218,7 @@ def _whole(
     if rank != 1:
         _no_native(config, "a cnn")
     if getattr(config, "kernels", "xla") == "native":
-        native.check(sizes, config.activation, layer_norm=config.layer_norm)
+        native.check(sizes, config.activation)
         return functools.partial(module.whole, mlp=native.mlp, activation=config.activation)
     if fuse and rank == 1 and not config.layer_norm and fused.enabled() and fused.fits(sizes):
         return functools.partial(module.whole, mlp=fused.mlp, activation=config.activation)

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jrl.networks import fused
+from jrl.networks import fused, native
 from jrl.networks.mlp import Dense, DenseParameters, affine, batch_first
 from jrl.ops import distributions, normal
 from jrl.types import ActionSpace, Box, Discrete, MultiDiscrete
 
-WholeMLP = Callable[[Sequence[fused.Layer], jax.Array, str], jax.Array]
-"""``(layers, x [..., F], activation) -> [..., K]``, all layers at once, such as :func:`jrl.networks.native.mlp`."""
+WholeMLP = Callable[..., jax.Array]
+"""``(layers, x [..., F], activation) -> [..., K]``, all layers at once, such as :func:`jrl.networks.native.mlp`.
+
+With layer norm it is given ``norms`` too.
+"""
 
 
 class PolicyHead(nn.Module):
@@ -69,16 +72,13 @@ class ActorCritic(nn.Module):
         """Return what calling it does, ``x [..., F]``, of torsos that are an :class:`MLP`: a call of ``mlp`` each."""
         own = params["params"]
         value, head = fused.Layer(**own["Dense_0"]), fused.Layer(**own["PolicyHead_0"]["Dense_0"])
-        actor, critic = (
-            _layers(own[torso]) for torso in ("MLP_0", "MLP_0" if self.shared_torso else "MLP_1")
-        )
         if self.shared_torso:
             both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), head, value)
-            out = mlp([*actor, both], x, activation)
+            out = _through(mlp, own["MLP_0"], both, x, activation)
             output, v = out[..., :-1], out[..., -1]
         else:
-            output = mlp([*actor, head], x, activation)
-            v = mlp([*critic, value], x, activation)[..., 0]
+            output = _through(mlp, own["MLP_0"], head, x, activation)
+            v = _through(mlp, own["MLP_1"], value, x, activation)[..., 0]
         if isinstance(self.action, Box):
             return (output, jnp.broadcast_to(own["PolicyHead_0"]["log_std"], output.shape)), v
         return output, v
@@ -128,13 +128,16 @@ class QNetwork(nn.Module):
         head = fused.Layer(**own["Dense_0"])
         if self.dueling:
             head = fused.Layer(*_dueling(head, fused.Layer(**own["Dense_1"]), self.num_actions))
-        q = mlp([*_layers(own["MLP_0"]), head], x, activation)
+        q = _through(mlp, own["MLP_0"], head, x, activation)
         return q.reshape(*q.shape[:-1], *self._shape)
 
 
-def _layers(torso: Any) -> list[fused.Layer]:
-    """Return the layers of an :class:`MLP`'s parameters."""
-    return [fused.Layer(**torso[f"Dense_{i}"]) for i in range(len(torso))]
+def _through(mlp: WholeMLP, torso: Any, head: fused.Layer, x: jax.Array, activation: str) -> jax.Array:
+    """Return the output of an :class:`MLP` of these parameters with a head on it, by one call of ``mlp``."""
+    depth = sum(name.startswith("Dense") for name in torso)
+    layers = [*(fused.Layer(**torso[f"Dense_{i}"]) for i in range(depth)), head]
+    norms = [native.Norm(**torso[f"LayerNorm_{i}"]) for i in range(len(torso) - depth)]
+    return mlp(layers, x, activation, norms=norms) if norms else mlp(layers, x, activation)
 
 
 def _dueling(

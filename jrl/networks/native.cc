@@ -4,9 +4,13 @@
 // vectors, and a tile of sums stays in the registers. Activations of hidden layers are padded with zeros to whole
 // vectors. What a row comes to does not depend on how many there are.
 //
+// Boards and one-hot vectors are nearly all zeros: a block of such rows goes through the first layer by the entries
+// that are none. (A weight that is infinite or NaN then shows in the rows that use it, where 0 times it would be NaN.)
+//
 // Compiled and called by native.py, which says what the arguments are.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -32,6 +36,9 @@ constexpr int kBlock = 48;    // rows: of 64 units, with the weights of one such
 constexpr int kFewRows = 32;  // below, reordering the weights would cost as much as the product
 constexpr int kMaxLayers = 8;
 constexpr int kPanel = 2 * kLanes;
+constexpr int kSparseFrom = 64;    // columns, below which looking for zeros costs what it saves
+constexpr int kSparse = 4;         // as an input of which at most one entry in so many is not zero is treated
+constexpr float kEpsilon = 1e-6f;  // of layer norm, flax's
 
 // Compilers give up inlining somewhere in so many tiles, and a call there costs half as much again.
 #define JRL_INLINE inline __attribute__((always_inline))
@@ -91,12 +98,13 @@ JRL_INLINE Vec Tanh(Vec x) {
   return x * p / q;
 }
 
-enum Activation : int64_t { kTanh = 0, kRelu = 1 };
+enum Activation : int64_t { kTanh = 0, kRelu = 1, kNone = 2 };
 
 template <int A>
 JRL_INLINE Vec Act(Vec x) {
   if constexpr (A == kTanh) return Tanh(x);
-  return Max(Vec{}, x);
+  if constexpr (A == kRelu) return Max(Vec{}, x);
+  return x;
 }
 
 // The derivative, from the activation's value.
@@ -248,6 +256,201 @@ inline void Narrow(int64_t rows, const float* a, int64_t size, const float* w, i
   for (; r < rows; ++r) NarrowTile<1>(a + r * size, size, w, columns, bias, y + r * columns);
 }
 
+// out [rows, columns] = act(a W + bias), in whole vectors; what pads the last one is 0 even where an input is infinite.
+template <int A>
+__attribute__((noinline)) void Layer(int64_t rows, const float* a, int64_t lda, int64_t size, const float* weights,
+                                     bool packed, int64_t columns, const float* bias, float* out) {
+  const int64_t padded = Padded(columns);
+  Product(rows, a, lda, size, weights, packed, padded, bias,
+          [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
+            Store(out + r * padded + c, Act<A>(c + kLanes <= columns ? sum : First(sum, columns - c)));
+          });
+}
+
+// out [rows, size] = (delta W^T) act'(y), of delta [rows, padded columns] and y as out.
+template <int A>
+__attribute__((noinline)) void LayerBack(int64_t rows, const float* delta, int64_t ld, int64_t columns,
+                                         const float* panels, int64_t size, const float* y, float* out) {
+  Product(rows, delta, ld, columns, panels, true, size, nullptr,
+          [&](int64_t r, int64_t c, Vec sum)
+              __attribute__((always_inline)) { Store(out + r * size + c, sum * Slope<A>(Load(y + r * size + c))); });
+}
+
+// Where the entries of a block of rows are that are not 0.
+typedef int32_t __attribute__((may_alias)) Index;
+struct Entries {
+  Index* columns;              // of all rows, one after the other
+  int64_t starts[kBlock + 1];  // of each row in them
+};
+
+inline size_t EntriesFloats(int64_t size) { return kBlock * size / kSparse + size + kLanes; }
+
+// The columns from f on whose entries are not 0, written after n; returns how many there are then.
+JRL_INLINE int64_t Find(const float* x, int64_t size, Index* columns, int64_t n) {
+  int64_t f = 0;
+#if defined(__AVX__)
+  for (; f + 8 <= size; f += 8) {
+    const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(x + f), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    for (uint32_t mask = _mm256_movemask_ps(differs); mask; mask &= mask - 1)
+      columns[n++] = static_cast<Index>(f + __builtin_ctz(mask));
+  }
+#endif
+  for (; f < size; ++f) {
+    columns[n] = static_cast<Index>(f);
+    n += x[f] != 0.0f;
+  }
+  return n;
+}
+
+// False where there are so many that products with all of x are faster.
+inline bool FindEntries(int64_t rows, const float* x, int64_t size, Entries* entries) {
+  if (size < kSparseFrom) return false;
+  int64_t n = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    entries->starts[r] = n;
+    n = Find(x + r * size, size, entries->columns, n);
+    if (n * kSparse > (r + 1) * size) return false;
+  }
+  entries->starts[rows] = n;
+  return true;
+}
+
+// As RowsTile, of one row's entries and P panels side by side.
+template <int P, int V>
+JRL_INLINE void EntriesTile(const float* x, const Index* columns, int64_t n, const float* w, int64_t panel, int64_t ldw,
+                            const float* bias, float* out) {
+  Vec sum[P][V];
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) sum[p][v] = Load(bias + p * kPanel + v * kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    const Vec value = Spread(x[columns[i]]);
+    const float* row = w + columns[i] * ldw;
+    for (int p = 0; p < P; ++p)
+      for (int v = 0; v < V; ++v) sum[p][v] = Fma(value, Load(row + p * panel + v * kLanes), sum[p][v]);
+  }
+  for (int p = 0; p < P; ++p)
+    for (int v = 0; v < V; ++v) Store(out + p * kPanel + v * kLanes, sum[p][v]);
+}
+
+// As Layer<kNone>, by the entries of a [rows, size].
+inline void EntriesLayer(int64_t rows, const float* a, int64_t size, const Entries& entries, const float* weights,
+                         bool packed, int64_t columns, const float* bias, float* out) {
+  const int64_t padded = Padded(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Index* at = entries.columns + entries.starts[r];
+    const int64_t n = entries.starts[r + 1] - entries.starts[r], panel = packed ? kPanel * size : kPanel;
+    const float* x = a + r * size;
+    float* o = out + r * padded;
+    int64_t c = 0;
+    auto w = [&] { return weights + (packed ? c * size : c); };
+    for (; c + 4 * kPanel <= padded; c += 4 * kPanel)
+      EntriesTile<4, 2>(x, at, n, w(), panel, packed ? kPanel : columns, bias + c, o + c);
+    for (; c + kPanel <= padded; c += kPanel)
+      EntriesTile<1, 2>(x, at, n, w(), panel, packed ? kPanel : columns, bias + c, o + c);
+    if (c < padded) EntriesTile<1, 1>(x, at, n, w(), panel, packed ? kLanes : columns, bias + c, o + c);
+    Store(o + padded - kLanes, First(Load(o + padded - kLanes), columns - padded + kLanes));
+  }
+}
+
+// As Outer, by the entries of a.
+template <int V>
+JRL_INLINE void EntriesOuterTile(int64_t rows, const float* a, int64_t size, const Entries& entries, const float* b,
+                                 int64_t ldb, float* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v) row[v] = Load(b + r * ldb + v * kLanes);
+    for (int64_t i = entries.starts[r]; i < entries.starts[r + 1]; ++i) {
+      const Vec value = Spread(a[r * size + entries.columns[i]]);
+      float* o = out + entries.columns[i] * ldo;
+      for (int v = 0; v < V; ++v) Store(o + v * kLanes, Fma(value, row[v], Load(o + v * kLanes)));
+    }
+  }
+}
+
+inline void EntriesOuter(int64_t rows, const float* a, int64_t size, const Entries& entries, const float* b,
+                         int64_t padded, float* out) {
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= padded; c += 8 * kLanes)
+    EntriesOuterTile<8>(rows, a, size, entries, b + c, padded, out + c, padded);
+  for (; c < padded; c += kLanes) EntriesOuterTile<1>(rows, a, size, entries, b + c, padded, out + c, padded);
+}
+
+// y = act(x), in place.
+template <int A>
+void Activate(int64_t count, float* x) {
+  for (int64_t i = 0; i < count; i += kLanes) Store(x + i, Act<A>(Load(x + i)));
+}
+
+// Layer norm of one layer: parameters in whole vectors, and of each row what the backward pass needs.
+struct Norm {
+  const float *scale, *shift;
+  float* normal;      // (z - mean) / deviation, [rows, padded]
+  float* reciprocal;  // of the deviation, [rows]
+};
+
+// y = act(normal scale + shift).
+template <int A>
+JRL_INLINE Vec Scaled(const Norm& norm, int64_t c, Vec normal) {
+  return Act<A>(Fma(normal, Load(norm.scale + c), Load(norm.shift + c)));
+}
+
+// z [rows, columns] becomes y, in place.
+template <int A>
+void Normalize(int64_t rows, int64_t columns, const Norm& norm, float* z) {
+  const int64_t padded = Padded(columns), rest = columns - padded + kLanes;
+  for (int64_t r = 0; r < rows; ++r, z += padded) {
+    Vec sum{}, squares{};
+    for (int64_t c = 0; c < padded; c += kLanes) sum += Load(z + c);
+    const Vec mean = Spread(Total(sum) / static_cast<float>(columns));
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      Vec centred = Load(z + c) - mean;
+      if (c + kLanes == padded) centred = First(centred, rest);
+      squares = Fma(centred, centred, squares);
+    }
+    const float reciprocal = 1.0f / std::sqrt(Total(squares) / static_cast<float>(columns) + kEpsilon);
+    if (norm.reciprocal) norm.reciprocal[r] = reciprocal;
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      Vec normal = (Load(z + c) - mean) * Spread(reciprocal);
+      if (c + kLanes == padded) normal = First(normal, rest);
+      if (norm.normal) Store(norm.normal + r * padded + c, normal);
+      Store(z + c, Scaled<A>(norm, c, normal));
+    }
+  }
+}
+
+// y again, of what was kept.
+template <int A>
+void Rescale(int64_t rows, int64_t padded, const Norm& norm, float* y) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < padded; c += kLanes)
+      Store(y + r * padded + c, Scaled<A>(norm, c, Load(norm.normal + r * padded + c)));
+}
+
+// The gradient of normal scale + shift becomes that of z, in place; those of scale and shift are added to.
+void NormalizeBack(int64_t rows, int64_t columns, const Norm& norm, float* delta, float* scale_grad,
+                   float* shift_grad) {
+  const int64_t padded = Padded(columns), rest = columns - padded + kLanes;
+  AddRows(rows, delta, padded, shift_grad);
+  for (int64_t r = 0; r < rows; ++r, delta += padded) {
+    const float* kept = norm.normal + r * padded;
+    Vec sum{}, products{};
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const Vec grad = Load(delta + c), normal = Load(kept + c), scaled = grad * Load(norm.scale + c);
+      sum += scaled;
+      products = Fma(scaled, normal, products);
+      Store(scale_grad + c, Fma(grad, normal, Load(scale_grad + c)));
+    }
+    const Vec mean = Spread(Total(sum) / static_cast<float>(columns));
+    const Vec slope = Spread(Total(products) / static_cast<float>(columns));
+    const Vec reciprocal = Spread(norm.reciprocal[r]);
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const Vec scaled = Load(delta + c) * Load(norm.scale + c);
+      const Vec grad = reciprocal * (scaled - mean - Load(kept + c) * slope);
+      Store(delta + c, c + kLanes == padded ? First(grad, rest) : grad);
+    }
+  }
+}
+
 // Memory of a thread, kept from call to call.
 class Scratch {
  public:
@@ -307,95 +510,124 @@ void PackTransposed(const float* w, int64_t size, int64_t columns, float* panels
 
 struct Shape {
   int64_t batch, rows, layers;
+  bool norm;
   int64_t sizes[kMaxLayers + 1];  // of x, hidden layers, output
 };
 
-template <int A>
-void ForwardOne(const Shape& s, const float* x, const float* const* kernels, const float* const* biases, float* y,
-                float* const* kept) {
+// What a call reads and writes, of each layer; null where there is none.
+struct Arrays {
+  const float *kernel[kMaxLayers], *bias[kMaxLayers];
+  float* kept[kMaxLayers];  // activations, or with layer norm what they are made of
+  Norm norm[kMaxLayers];
+  float *kernel_grad[kMaxLayers], *bias_grad[kMaxLayers], *scale_grad[kMaxLayers], *shift_grad[kMaxLayers];
+};
+
+// v [columns] in whole vectors.
+inline const float* PadVector(const float* v, int64_t columns) {
+  if (Padded(columns) == columns) return v;
+  float* space = scratch.Take(Padded(columns));
+  Pack(v, 1, columns, space);
+  return space;
+}
+
+void ForwardOne(const Shape& s, int64_t activation, const float* x, Arrays arrays, float* y) {
   const int64_t layers = s.layers, outputs = s.sizes[layers];
   const bool narrow = outputs < kLanes;
-  size_t need = 0;
-  for (int64_t l = 0; l < layers; ++l) need += (Padded(s.sizes[l]) + 1 + kBlock) * Padded(s.sizes[l + 1]) + 48;
+  size_t need = EntriesFloats(s.sizes[0]);
+  for (int64_t l = 0; l < layers; ++l) need += (Padded(s.sizes[l]) + 3 + kBlock) * Padded(s.sizes[l + 1]) + 80;
   scratch.Begin(need);
-  const float *weights[kMaxLayers], *bias[kMaxLayers];
   float* hidden[kMaxLayers];
   bool packed[kMaxLayers];
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
-    weights[l] = kernels[l], bias[l] = biases[l];
     if (narrow && l + 1 == layers) {
       float* space = scratch.Take(columns * Padded(size));
       for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t f = 0; f < size; ++f) space[c * Padded(size) + f] = kernels[l][f * columns + c];
+        for (int64_t f = 0; f < size; ++f) space[c * Padded(size) + f] = arrays.kernel[l][f * columns + c];
         std::fill(space + c * Padded(size) + size, space + (c + 1) * Padded(size), 0.0f);
       }
-      weights[l] = space;
+      arrays.kernel[l] = space;
       break;
     }
     packed[l] = padded != columns || s.rows >= kFewRows;
     if (packed[l]) {
       float* space = scratch.Take(size * padded);
-      Pack(kernels[l], size, columns, space);
-      weights[l] = space;
+      Pack(arrays.kernel[l], size, columns, space);
+      arrays.kernel[l] = space;
     }
-    if (padded != columns) {
-      float* space = scratch.Take(padded);
-      Pack(biases[l], 1, columns, space);
-      bias[l] = space;
+    arrays.bias[l] = PadVector(arrays.bias[l], columns);
+    if (s.norm && l + 1 < layers) {
+      arrays.norm[l].scale = PadVector(arrays.norm[l].scale, columns);
+      arrays.norm[l].shift = PadVector(arrays.norm[l].shift, columns);
     }
-    hidden[l] = l + 1 < layers && kept[l] ? kept[l] : scratch.Take(kBlock * padded);
+    hidden[l] = arrays.kept[l] ? arrays.kept[l] : scratch.Take(kBlock * padded);
   }
+  Entries entries;
+  entries.columns = reinterpret_cast<Index*>(scratch.Take(EntriesFloats(s.sizes[0])));
   for (int64_t first = 0; first < s.rows; first += kBlock) {
     const int64_t rows = std::min<int64_t>(kBlock, s.rows - first);
     const float* in = x + first * s.sizes[0];
     int64_t ld = s.sizes[0];
+    const bool sparse = FindEntries(rows, in, ld, &entries);
     for (int64_t l = 0; l + 1 < layers; ++l) {
-      const int64_t columns = s.sizes[l + 1], padded = Padded(columns);
-      float* out = hidden[l] + (kept[l] ? first * padded : 0);
-      Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l],
-              [&](int64_t r, int64_t c, Vec sum) __attribute__((always_inline)) {
-                // What pads must be 0 even where an input is infinite.
-                Store(out + r * padded + c, Act<A>(c + kLanes <= columns ? sum : First(sum, columns - c)));
-              });
+      const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
+      float* out = hidden[l] + (arrays.kept[l] ? first * padded : 0);
+      if (l == 0 && sparse) {
+        EntriesLayer(rows, in, size, entries, arrays.kernel[l], packed[l], columns, arrays.bias[l], out);
+        if (!s.norm) (activation == kTanh ? Activate<kTanh> : Activate<kRelu>)(rows * padded, out);
+      } else {
+        auto layer = s.norm ? Layer<kNone> : activation == kTanh ? Layer<kTanh> : Layer<kRelu>;
+        layer(rows, in, ld, size, arrays.kernel[l], packed[l], columns, arrays.bias[l], out);
+      }
+      if (s.norm) {
+        Norm norm = arrays.norm[l];
+        if (norm.normal) norm.normal += first * padded, norm.reciprocal += first;
+        (activation == kTanh ? Normalize<kTanh> : Normalize<kRelu>)(rows, columns, norm, out);
+      }
       in = out;
       ld = padded;
     }
     const int64_t l = layers - 1, padded = Padded(outputs);
     float* out = y + first * outputs;
     if (narrow) {
-      Narrow(rows, in, ld, weights[l], outputs, bias[l], out);
+      Narrow(rows, in, ld, arrays.kernel[l], outputs, arrays.bias[l], out);
       continue;
     }
-    Product(rows, in, ld, s.sizes[l], weights[l], packed[l], padded, bias[l],
-            [&](int64_t r, int64_t c, Vec sum)
-                __attribute__((always_inline)) { Store(hidden[l] + r * padded + c, sum); });
+    Layer<kNone>(rows, in, ld, s.sizes[l], arrays.kernel[l], packed[l], outputs, arrays.bias[l], hidden[l]);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * outputs, hidden[l] + r * padded, outputs * sizeof(float));
   }
 }
 
-template <int A>
-void BackwardOne(const Shape& s, const float* x, const float* const* kernels, const float* const* kept, const float* dy,
-                 float* const* kernel_grads, float* const* bias_grads) {
+void BackwardOne(const Shape& s, int64_t activation, const float* x, const float* dy, Arrays arrays) {
   const int64_t layers = s.layers;
   const bool narrow = s.sizes[layers] < kLanes;
-  size_t need = 0;
+  size_t need = EntriesFloats(s.sizes[0]);
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t in = Padded(s.sizes[l]), out = Padded(s.sizes[l + 1]);
-    need += 2 * in * out + (1 + kBlock) * out + 96;
+    need += 2 * in * out + (5 + 2 * kBlock) * out + 160;
   }
   scratch.Begin(need);
-  float *panels[kMaxLayers], *grads[kMaxLayers], *biases[kMaxLayers], *delta[kMaxLayers];
+  float *panels[kMaxLayers], *grads[kMaxLayers], *biases[kMaxLayers], *delta[kMaxLayers], *again[kMaxLayers];
+  float *scales[kMaxLayers], *shifts[kMaxLayers];
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
-    if (l > 0) PackTransposed(kernels[l], columns, size, panels[l] = scratch.Take(Padded(size) * columns));
+    if (l > 0) PackTransposed(arrays.kernel[l], columns, size, panels[l] = scratch.Take(Padded(size) * columns));
     const bool transposed = narrow && l + 1 == layers;
     const int64_t count = transposed ? columns * Padded(size) : size * padded;
-    grads[l] = !transposed && padded == columns ? kernel_grads[l] : scratch.Take(count);
+    grads[l] = !transposed && padded == columns ? arrays.kernel_grad[l] : scratch.Take(count);
     std::fill_n(grads[l], count, 0.0f);
     std::fill_n(biases[l] = scratch.Take(padded), padded, 0.0f);
     delta[l] = scratch.Take(kBlock * padded);
+    if (s.norm && l + 1 < layers) {
+      std::fill_n(scales[l] = scratch.Take(padded), padded, 0.0f);
+      std::fill_n(shifts[l] = scratch.Take(padded), padded, 0.0f);
+      again[l] = scratch.Take(kBlock * padded);
+      arrays.norm[l].scale = PadVector(arrays.norm[l].scale, columns);
+      arrays.norm[l].shift = PadVector(arrays.norm[l].shift, columns);
+    }
   }
+  Entries entries;
+  entries.columns = reinterpret_cast<Index*>(scratch.Take(EntriesFloats(s.sizes[0])));
   for (int64_t first = 0; first < s.rows; first += kBlock) {
     const int64_t rows = std::min<int64_t>(kBlock, s.rows - first);
     const int64_t outputs = s.sizes[layers], padded_outputs = Padded(outputs);
@@ -407,93 +639,124 @@ void BackwardOne(const Shape& s, const float* x, const float* const* kernels, co
     for (int64_t l = layers - 1; l >= 0; --l) {
       const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
       const int64_t ld = l > 0 ? Padded(size) : size;
-      const float* in = l > 0 ? kept[l - 1] + first * ld : x + first * size;
+      if (s.norm && l + 1 < layers) {
+        Norm norm = arrays.norm[l];
+        norm.normal += first * padded, norm.reciprocal += first;
+        NormalizeBack(rows, columns, norm, delta[l], scales[l], shifts[l]);
+      }
+      const float* in = x + first * size;
+      if (l > 0 && s.norm) {
+        Norm norm = arrays.norm[l - 1];
+        norm.normal += first * ld;
+        (activation == kTanh ? Rescale<kTanh> : Rescale<kRelu>)(rows, ld, norm, again[l - 1]);
+        in = again[l - 1];
+      } else if (l > 0) {
+        in = arrays.kept[l - 1] + first * ld;
+      }
       if (narrow && l + 1 == layers)
         Outer(rows, delta[l], padded, columns, in, ld, ld, grads[l], ld);
+      else if (l == 0 && FindEntries(rows, in, size, &entries))
+        EntriesOuter(rows, in, size, entries, delta[l], padded, grads[l]);
       else
         Outer(rows, in, ld, size, delta[l], padded, padded, grads[l], padded);
       AddRows(rows, delta[l], padded, biases[l]);
       if (l > 0) {
-        float* out = delta[l - 1];
-        Product(rows, delta[l], padded, columns, panels[l], true, ld, nullptr,
-                [&](int64_t r, int64_t c, Vec sum)
-                    __attribute__((always_inline)) { Store(out + r * ld + c, sum * Slope<A>(Load(in + r * ld + c))); });
+        auto back = activation == kTanh ? LayerBack<kTanh> : LayerBack<kRelu>;
+        back(rows, delta[l], padded, columns, panels[l], ld, in, delta[l - 1]);
       }
     }
   }
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
-    std::memcpy(bias_grads[l], biases[l], columns * sizeof(float));
+    std::memcpy(arrays.bias_grad[l], biases[l], columns * sizeof(float));
+    if (s.norm && l + 1 < layers) {
+      std::memcpy(arrays.scale_grad[l], scales[l], columns * sizeof(float));
+      std::memcpy(arrays.shift_grad[l], shifts[l], columns * sizeof(float));
+    }
     if (narrow && l + 1 == layers) {
       for (int64_t f = 0; f < size; ++f)
-        for (int64_t c = 0; c < columns; ++c) kernel_grads[l][f * columns + c] = grads[l][c * Padded(size) + f];
-    } else if (grads[l] != kernel_grads[l]) {
+        for (int64_t c = 0; c < columns; ++c) arrays.kernel_grad[l][f * columns + c] = grads[l][c * Padded(size) + f];
+    } else if (grads[l] != arrays.kernel_grad[l]) {
       for (int64_t f = 0; f < size; ++f)
-        std::memcpy(kernel_grads[l] + f * columns, grads[l] + f * padded, columns * sizeof(float));
+        std::memcpy(arrays.kernel_grad[l] + f * columns, grads[l] + f * padded, columns * sizeof(float));
     }
   }
 }
 
 // The sizes by the leading dimensions of x, which all arguments have, and by the last of each kernel.
-Shape ShapeOf(const ffi::AnyBuffer& x, ffi::RemainingArgs weights, size_t first_kernel, size_t step, size_t layers) {
+Shape ShapeOf(const ffi::AnyBuffer& x, ffi::RemainingArgs weights, size_t step, size_t layers, bool norm) {
   Shape s;
   const auto dims = x.dimensions();
   s.batch = 1;
   for (size_t i = 0; i + 2 < dims.size(); ++i) s.batch *= dims[i];
   s.rows = dims[dims.size() - 2];
   s.layers = layers;
+  s.norm = norm;
   s.sizes[0] = dims[dims.size() - 1];
-  for (size_t l = 0; l < layers; ++l)
-    s.sizes[l + 1] = weights.get<ffi::AnyBuffer>(first_kernel + l * step)->dimensions().back();
+  for (size_t l = 0; l < layers; ++l) s.sizes[l + 1] = weights.get<ffi::AnyBuffer>(l * step)->dimensions().back();
   return s;
 }
 
-// x, then kernel and bias of each layer -> y, then, if asked for, the activations of each hidden layer.
-ffi::Error Forward(int64_t activation, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets outs) {
-  const size_t layers = weights.size() / 2;
-  const Shape s = ShapeOf(x, weights, 0, 2, layers);
-  const float *kernels[kMaxLayers], *biases[kMaxLayers];
-  float* kept[kMaxLayers];
+// x, then kernel and bias of each layer, then with layer norm scale and shift of each hidden layer -> y, then, if asked
+// for, what is kept of each hidden layer, then with layer norm the reciprocals of its rows' deviations.
+ffi::Error Forward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::RemainingArgs weights,
+                   ffi::RemainingRets outs) {
+  const size_t layers = norm ? (weights.size() + 2) / 4 : weights.size() / 2;
+  const Shape s = ShapeOf(x, weights, 2, layers, norm);
   for (int64_t b = 0; b < s.batch; ++b) {
+    auto in = [&](size_t i, int64_t count) { return weights.get<ffi::AnyBuffer>(i)->typed_data<float>() + b * count; };
+    auto out = [&](size_t i, int64_t count) { return (*outs.get<ffi::AnyBuffer>(i))->typed_data<float>() + b * count; };
+    Arrays arrays = {};
     for (size_t l = 0; l < layers; ++l) {
-      kernels[l] = weights.get<ffi::AnyBuffer>(2 * l)->typed_data<float>() + b * s.sizes[l] * s.sizes[l + 1];
-      biases[l] = weights.get<ffi::AnyBuffer>(2 * l + 1)->typed_data<float>() + b * s.sizes[l + 1];
-      kept[l] = nullptr;
-      if (outs.size() > 1 && l + 1 < layers)
-        kept[l] = (*outs.get<ffi::AnyBuffer>(1 + l))->typed_data<float>() + b * s.rows * Padded(s.sizes[l + 1]);
+      const int64_t columns = s.sizes[l + 1], count = s.rows * Padded(columns);
+      arrays.kernel[l] = in(2 * l, s.sizes[l] * columns);
+      arrays.bias[l] = in(2 * l + 1, columns);
+      if (l + 1 == layers) break;
+      const bool keep = outs.size() > 1;
+      if (norm) {
+        arrays.norm[l].scale = in(2 * layers + 2 * l, columns);
+        arrays.norm[l].shift = in(2 * layers + 2 * l + 1, columns);
+        if (keep) arrays.norm[l].normal = out(1 + l, count);
+        if (keep) arrays.norm[l].reciprocal = out(layers + l, s.rows);
+      } else if (keep) {
+        arrays.kept[l] = out(1 + l, count);
+      }
     }
-    float* y = (*outs.get<ffi::AnyBuffer>(0))->typed_data<float>() + b * s.rows * s.sizes[layers];
-    const float* rows = x.typed_data<float>() + b * s.rows * s.sizes[0];
-    if (activation == kTanh)
-      ForwardOne<kTanh>(s, rows, kernels, biases, y, kept);
-    else
-      ForwardOne<kRelu>(s, rows, kernels, biases, y, kept);
+    ForwardOne(s, activation, x.typed_data<float>() + b * s.rows * s.sizes[0], arrays,
+               out(0, s.rows * s.sizes[layers]));
   }
   return ffi::Error::Success();
 }
 
-// x, dy, kernels, activations of the hidden layers -> gradients of kernel and bias of each layer.
-ffi::Error Backward(int64_t activation, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::RemainingArgs rest,
+// x, dy, the kernels, what was kept of the hidden layers, then with layer norm their scale and shift, and their rows'
+// reciprocals -> gradients of kernel and bias of each layer, then of scale and shift of each hidden layer.
+ffi::Error Backward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::RemainingArgs rest,
                     ffi::RemainingRets outs) {
-  const size_t layers = outs.size() / 2;
-  const Shape s = ShapeOf(x, rest, 0, 1, layers);
-  const float *kernels[kMaxLayers], *kept[kMaxLayers];
-  float *kernel_grads[kMaxLayers], *bias_grads[kMaxLayers];
+  const size_t layers = norm ? (outs.size() + 2) / 4 : outs.size() / 2;
+  const Shape s = ShapeOf(x, rest, 1, layers, norm);
   for (int64_t b = 0; b < s.batch; ++b) {
+    auto in = [&](size_t i, int64_t count) { return rest.get<ffi::AnyBuffer>(i)->typed_data<float>() + b * count; };
+    auto out = [&](size_t i, int64_t count) { return (*outs.get<ffi::AnyBuffer>(i))->typed_data<float>() + b * count; };
+    Arrays arrays = {};
     for (size_t l = 0; l < layers; ++l) {
-      const int64_t count = s.sizes[l] * s.sizes[l + 1];
-      kernels[l] = rest.get<ffi::AnyBuffer>(l)->typed_data<float>() + b * count;
-      if (l + 1 < layers)
-        kept[l] = rest.get<ffi::AnyBuffer>(layers + l)->typed_data<float>() + b * s.rows * Padded(s.sizes[l + 1]);
-      kernel_grads[l] = (*outs.get<ffi::AnyBuffer>(2 * l))->typed_data<float>() + b * count;
-      bias_grads[l] = (*outs.get<ffi::AnyBuffer>(2 * l + 1))->typed_data<float>() + b * s.sizes[l + 1];
+      const int64_t columns = s.sizes[l + 1], size = s.sizes[l] * columns;
+      arrays.kernel[l] = in(l, size);
+      arrays.kernel_grad[l] = out(2 * l, size);
+      arrays.bias_grad[l] = out(2 * l + 1, columns);
+      if (l + 1 == layers) break;
+      float* kept = in(layers + l, s.rows * Padded(columns));
+      if (norm) {
+        const size_t first = 2 * layers - 1;
+        arrays.norm[l] = {in(first + 2 * l, columns), in(first + 2 * l + 1, columns), kept,
+                          in(first + 2 * (layers - 1) + l, s.rows)};
+        arrays.scale_grad[l] = out(2 * layers + 2 * l, columns);
+        arrays.shift_grad[l] = out(2 * layers + 2 * l + 1, columns);
+      } else {
+        arrays.kept[l] = kept;
+      }
     }
-    const float* rows = x.typed_data<float>() + b * s.rows * s.sizes[0];
-    const float* grad = dy.typed_data<float>() + b * s.rows * s.sizes[layers];
-    if (activation == kTanh)
-      BackwardOne<kTanh>(s, rows, kernels, kept, grad, kernel_grads, bias_grads);
-    else
-      BackwardOne<kRelu>(s, rows, kernels, kept, grad, kernel_grads, bias_grads);
+    BackwardOne(s, activation, x.typed_data<float>() + b * s.rows * s.sizes[0],
+                dy.typed_data<float>() + b * s.rows * s.sizes[layers], arrays);
   }
   return ffi::Error::Success();
 }
@@ -502,12 +765,17 @@ ffi::Error Backward(int64_t activation, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi
 
 extern "C" int jrl_lanes() { return kLanes; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jrl_mlp_forward, Forward,
-    ffi::Ffi::Bind().Attr<int64_t>("activation").Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_forward, Forward,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("norm")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_backward, Backward,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("activation")
+                                  .Attr<int64_t>("norm")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()

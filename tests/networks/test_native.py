@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import jax
@@ -12,8 +13,9 @@ import pytest
 import jrl
 from jrl import dqn, networks, ppo
 from jrl.bench import work
-from jrl.networks import fused, native, native_build
+from jrl.networks import native, native_build
 from jrl.networks.fused import Layer
+from jrl.networks.native import Norm
 from jrl.sweep import runner
 
 KEY = jax.random.key(0)
@@ -33,6 +35,20 @@ def layers(sizes, members=()):
     )
 
 
+def norms_of(sizes, members=()):
+    keys = jax.random.split(jax.random.fold_in(KEY, 2), len(sizes) - 2)
+    return tuple(
+        Norm(*(jax.random.normal(jax.random.fold_in(key, i), (*members, size)) for i in range(2)))
+        for key, size in zip(keys, sizes[1:-1], strict=True)
+    )
+
+
+def sparse(x):
+    """With one entry in ten left, in whole rows none."""
+    kept = jax.random.bernoulli(jax.random.key(3), 0.1, x.shape).at[: len(x) // 3].set(False)
+    return jnp.where(kept, x, 0.0)
+
+
 def both(function, params, x, weight):
     return jax.value_and_grad(lambda p, x: (function(p, x) * weight).sum(), argnums=(0, 1))(params, x)
 
@@ -41,6 +57,7 @@ def assert_equal(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize(
     ("sizes", "rows"),
@@ -53,30 +70,62 @@ def assert_equal(ours, theirs):
         ((2, 8, 16), 0),
     ],
 )
-def test_it_equals_the_layers_one_by_one(sizes, rows, activation):
-    params = layers(sizes)
+def test_it_equals_the_layers_one_by_one(sizes, rows, activation, normed):
     x = jax.random.normal(jax.random.key(1), (rows, sizes[0]))
-    weight = jax.random.normal(jax.random.key(2), (rows, sizes[-1]))
-    ours = both(lambda p, x: native.mlp(p, x, activation), params, x, weight)
-    theirs = both(lambda p, x: fused.reference(activation, True, p, x), params, x, weight)
+    compare(layers(sizes), norms_of(sizes) if normed else (), x, activation)
+
+
+def compare(params, norms, x, activation):
+    weight = jax.random.normal(jax.random.key(2), (len(x), params[-1].bias.shape[0]))
+    ours = both(lambda p, x: native.mlp(p[0], x, activation, p[1]), (params, norms), x, weight)
+    theirs = both(lambda p, x: native.reference(activation, *p, x), (params, norms), x, weight)
     assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows"), [((400, 64, 3), 50), ((64, 20, 2), 5), ((67, 150, 12), 49), ((70, 24, 2), 3)]
+)
+def test_of_an_input_that_is_nearly_all_zeros_too(sizes, rows):
+    x = sparse(jax.random.normal(jax.random.key(1), (rows, sizes[0])))
+    compare(layers(sizes), norms_of(sizes) if rows == 49 else (), x, "relu")
+    # The zeros give nothing, in whatever way: with one block full and the next one empty.
+    compare(layers(sizes), (), jnp.concatenate([jnp.ones_like(x), x, jnp.zeros((48, sizes[0]))]), "tanh")
+
+
+def test_the_norm_is_that_of_flax():
+    """Both functions of the last test would share a wrong one."""
+    env = jrl.make("CartPole-v1")
+    config = {"hidden_sizes": (16, 12), "layer_norm": True}
+    plain, ours = (
+        networks.actor_critic(env, ppo.Config(**config, kernels=k), shared_torso=True)
+        for k in ("xla", "native")
+    )
+    obs = 3 * jax.random.normal(KEY, (6, 4))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(KEY, obs, ()))
+    assert_equal(ours.apply(params, obs, ()), plain.apply(params, obs, ()))
+
+
 def test_a_row_comes_to_the_same_bits_in_every_batch():
-    params, x = layers((4, 20, 33, 3)), jax.random.normal(KEY, (101, 4))
-    whole = native.mlp(params, x, "tanh")
-    for rows in (1, 5, 31, 32, 50):
-        np.testing.assert_array_equal(native.mlp(params, x[:rows], "tanh"), whole[:rows])
-    np.testing.assert_array_equal(native.mlp(params, x[7], "tanh"), whole[7])
+    sizes = (80, 20, 33, 3)
+    x = jax.random.normal(KEY, (101, 80))
+    x = x.at[40:70].set(sparse(x[40:70]))
+    for norms in ((), norms_of(sizes)):
+        mlp = functools.partial(native.mlp, layers(sizes), activation="tanh", norms=norms)
+        whole = mlp(x=x)
+        for first, rows in ((0, 1), (0, 5), (0, 31), (0, 32), (0, 50), (40, 30), (60, 1)):
+            part = slice(first, first + rows)
+            np.testing.assert_array_equal(mlp(x=x[part]), whole[part])
+        np.testing.assert_array_equal(mlp(x=x[7]), whole[7])
 
 
 def test_members_side_by_side_are_those_alone_bit_for_bit():
-    params = layers((4, 16, 2), members=(3,))
+    sizes = (4, 16, 2)
+    params = layers(sizes, members=(3,)), norms_of(sizes, members=(3,))
     x = jax.random.normal(jax.random.key(1), (3, 5, 7, 4))
     weight = jnp.ones((5, 7, 2))
 
     def member(p, x):
-        return both(lambda p, x: native.mlp(p, x, "relu"), p, x, weight)[1][0]
+        return both(lambda p, x: native.mlp(p[0], x, "relu", p[1]), p, x, weight)[1][0]
 
     together = jax.jit(jax.vmap(member))(params, x)
     for i in range(3):
@@ -98,7 +147,7 @@ def test_nan_and_infinity_stay(activation):
     """So that a member that diverges is seen to."""
     one = Layer(jnp.ones((1, 1)), jnp.zeros(1))
     x = jnp.array([[jnp.nan], [jnp.inf], [-jnp.inf]])
-    expected = fused.reference(activation, True, (one, one), x)
+    expected = native.reference(activation, (one, one), (), x)
     np.testing.assert_allclose(native.mlp((one, one), x, activation), expected, rtol=1e-6)
 
 
@@ -144,14 +193,18 @@ def test_a_step_of_dqn_is_the_same(change):
     assert_equal(steps("native"), steps("xla"))
 
 
-def test_its_work_is_counted_as_that_of_the_layers():
-    params, x = layers((5, 20, 33, 3), members=(2,)), jnp.zeros((2, 51, 5))
+@pytest.mark.parametrize("normed", [False, True])
+def test_its_work_is_counted_as_that_of_the_layers(normed):
+    sizes = (5, 20, 33, 3)
+    params = layers(sizes, members=(2,)), norms_of(sizes, members=(2,)) if normed else ()
+    x = jnp.zeros((2, 51, 5))
 
     def counted(function):
-        grad = jax.grad(lambda p, x: jax.vmap(lambda p, x: function(p, x, "tanh"))(p, x).sum())
+        grad = jax.grad(lambda p, x: jax.vmap(lambda p, x: function(*p, x))(p, x).sum())
         return work.count(grad, params, x)
 
-    ours, theirs = counted(native.mlp), counted(lambda p, x, name: fused.reference(name, True, p, x))
+    ours = counted(lambda p, norms, x: native.mlp(p, x, "tanh", norms))
+    theirs = counted(lambda p, norms, x: native.reference("tanh", p, norms, x))
     assert ours.transcendentals == theirs.transcendentals > 0
     # The last layer's output is computed by it although its sum alone would not need it for a gradient.
     assert ours.flops - theirs.flops == 2 * 2 * 51 * 33 * 3
@@ -180,7 +233,6 @@ def test_a_member_of_a_sharded_sweep_is_the_run_alone_bit_for_bit(tmp_path):
     ("change", "text"),
     [
         ({"activation": "elu"}, "tanh and relu"),
-        ({"layer_norm": True}, "layer_norm=False"),
         ({"memory": "gru"}, "a memory"),
         ({"hidden_sizes": (4,) * 8}, "9 layers"),
         ({"kernels": "cuda"}, "'xla' or 'native'"),
@@ -202,6 +254,8 @@ def test_images_and_implicit_quantiles_are_refused():
 def test_other_numbers_are_refused():
     with pytest.raises(TypeError, match="bfloat16"):
         native.mlp(layers((4, 8, 2)), jnp.ones((3, 4), jnp.bfloat16), "tanh")
+    with pytest.raises(ValueError, match="1 norms of 3 layers"):
+        native.mlp(layers((4, 8, 8, 2)), jnp.ones((3, 4)), "tanh", norms_of((4, 8, 2)))
 
 
 @pytest.fixture
@@ -240,5 +294,6 @@ def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
     """As a processor without AVX has them."""
     monkeypatch.setattr(native_build, "FLAGS", tuple(f for f in native_build.FLAGS if f != "-march=native"))
     assert native_build.load().jrl_lanes() == 4
-    test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh")
+    test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh", True)
+    test_of_an_input_that_is_nearly_all_zeros_too((67, 150, 12), 49)
     assert len(list(afresh.glob("native-*.so"))) == 1
