@@ -271,6 +271,12 @@ ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
         {"num_envs": 128},
     ),
     (
+        "the same, one run on two cores",
+        "purejaxql, on the same two",
+        "purejaxql-pqn",
+        {"num_envs": 128, "devices": 2},
+    ),
+    (
         "PPO CartPole, 64 × 128, one run on two cores",
         "PureJaxRL, on the same two",
         "purejaxrl-ppo",
