@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import dqn, networks, ppo
+from jrl import dqn, networks, ppo, pqn
 from jrl.bench import work
 from jrl.networks import native, native_build
 from jrl.networks.fused import Layer
@@ -191,6 +191,26 @@ def test_a_step_of_dqn_is_the_same(change):
         return state.params, metrics["loss"]
 
     assert_equal(steps("native"), steps("xla"))
+
+
+def test_a_step_of_pqn_is_the_same():
+    """On a board, whose first layer goes by its entries, and with layer norm."""
+
+    def step(kernels):
+        config = pqn.Config(
+            num_envs=4,
+            unroll_length=4,
+            num_epochs=1,
+            num_minibatches=1,
+            torso="mlp",
+            hidden_sizes=(16, 12),
+            kernels=kernels,
+        )
+        algo, hparams = pqn.make(jrl.make("Breakout-MinAtar"), config), pqn.HParams()
+        state, metrics = jax.jit(algo.step)(jax.jit(algo.init)(KEY, hparams), hparams)
+        return state.params, metrics["loss"]
+
+    assert_equal(step("native"), step("xla"))
 
 
 @pytest.mark.parametrize("normed", [False, True])
