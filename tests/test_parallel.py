@@ -18,18 +18,18 @@ NUM_SHARDS = 8
 HPARAMS = ppo.HParams(env=None)
 
 
-def make_ppo(env="CartPole-v1", module=ppo, **choices):
+def maker(env="CartPole-v1", module=ppo, **choices):
     sizes = {"num_envs": 16, "unroll_length": 8, "num_epochs": 2, "num_minibatches": 2, "hidden_sizes": (8,)}
     return functools.partial(module.make, jrl.make(env), module.Config(**sizes | choices))
 
 
 PENDULUM = {"normalize_observations": True, "normalize_rewards": True, "stop_at_target_kl": True}
 CASES = {
-    "discrete": make_ppo(),
-    "continuous": make_ppo("Pendulum-v1", **PENDULUM),
-    "native": make_ppo(hidden_sizes=(8, 8), kernels="native", num_microbatches=2),
-    "gru": make_ppo("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
-    "pqn": make_ppo(module=pqn),
+    "discrete": maker(),
+    "continuous": maker("Pendulum-v1", **PENDULUM),
+    "native": maker(hidden_sizes=(8, 8), kernels="native", num_microbatches=2),
+    "gru": maker("MemoryChain-bsuite", memory="gru", memory_size=8, num_epochs=1),
+    "pqn": maker(module=pqn),
 }
 
 
@@ -192,13 +192,13 @@ def test_what_cannot_be_split_says_so():
     with pytest.raises(
         ValueError, match=r"num_envs=16 cannot be split into 3 equal shards; use a multiple of 3"
     ):
-        data_parallel(make_ppo(), devices)
+        data_parallel(maker(), devices)
     with pytest.raises(ValueError, match=r"num_shards=4 on 3 devices: .*use a multiple of the devices"):
-        data_parallel(make_ppo(), devices, num_shards=4)
+        data_parallel(maker(), devices, num_shards=4)
     with pytest.raises(ValueError, match=r"num_shards=0 on 0 devices"):
-        data_parallel(make_ppo(), [])
+        data_parallel(maker(), [])
     with pytest.raises(ValueError, match=r"num_minibatches=16 does not divide .* 8 shards, 2 × 4 = 8"):
-        data_parallel(make_ppo(unroll_length=4, num_minibatches=16))
+        data_parallel(maker(unroll_length=4, num_minibatches=16))
     with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.pqn.make do"):
         data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
 
@@ -226,7 +226,7 @@ def test_one_device_that_is_not_the_default_one_computes_the_run():
 
 
 def test_it_says_which_environment_it_was_made_for():
-    make = make_ppo()
+    make = maker()
     env = make.args[0]
     for algo in (data_parallel(make, jax.devices()[:2]), data_parallel(make, [jax.devices()[3]])):
         assert algo.env is env
