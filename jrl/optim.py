@@ -55,16 +55,16 @@ def mean_over(f: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
 
     What ``f`` needs while it computes, it needs for one part at a time.
     """
-    if len(jax.tree.leaves(parts)[0]) == 1:
-        return f(jax.tree.map(lambda leaf: leaf[0], parts))
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    num, first = len(jax.tree.leaves(parts)[0]), jax.tree.map(lambda leaf: leaf[0], parts)
+    if num == 1:
+        return f(first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(f, first))
 
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, f(part)), None
 
     total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda leaf: leaf / len(jax.tree.leaves(parts)[0]), total)
+    return jax.tree.map(lambda leaf: leaf / num, total)
 
 
 def global_norm(tree: PyTree) -> jax.Array:

@@ -55,7 +55,7 @@ class Config:
     """Parts of a batch, each one gradient step; must divide num_envs × unroll_length, with a memory num_envs."""
     num_microbatches: int = 1
     """Parts of a minibatch whose gradients are computed one after the other and averaged: less memory, and what a
-    large one keeps for the backward pass stays in the cache. The same step to rounding."""
+    large one keeps for the backward pass stays in the cache. The same step to rounding; must divide a minibatch."""
     objective: str = "clip"
     """'clip'; 'kl': penalise the divergence from the policy that acted by kl_coef; 'adaptive_kl': by a coefficient that
     begins there and halves or doubles to keep the divergence near target_kl."""

@@ -37,7 +37,7 @@ constexpr int kFewRows = 32;  // below, reordering the weights would cost as muc
 constexpr int kMaxLayers = 8;
 constexpr int kPanel = 2 * kLanes;
 constexpr int kSparseFrom = 64;    // columns, below which looking for zeros costs what it saves
-constexpr int kSparse = 4;         // as an input of which at most one entry in so many is not zero is treated
+constexpr int kSparse = 4;         // a block is sparse if at most one entry in so many is not 0
 constexpr float kEpsilon = 1e-6f;  // of layer norm, flax's
 
 // Compilers give up inlining somewhere in so many tiles, and a call there costs half as much again.

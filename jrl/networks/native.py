@@ -32,7 +32,10 @@ MOST_LAYERS = 8  # as the source has it
 
 
 class Norm(NamedTuple):
-    """Layer norm (Ba et al., 2016, https://arxiv.org/abs/1607.06450) before an activation, ε = 1e-6, ``[K]``."""
+    """Layer norm before an activation: ``scale (z − mean(z)) / √(var(z) + 1e-6) + bias``, float32 ``[K]`` both.
+
+    Source: Ba et al., 2016, https://arxiv.org/abs/1607.06450; ε is flax's.
+    """
 
     scale: jax.Array
     bias: jax.Array
