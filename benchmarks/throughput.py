@@ -6,7 +6,7 @@
     python benchmarks/throughput.py compile --algorithm ppo --core 0
     python benchmarks/throughput.py dqn-capacity --core 0
     python benchmarks/throughput.py dqn-prioritized --capacity 1000000 --fill --core 0
-    python benchmarks/throughput.py dqn-rainbow --core 0
+    python benchmarks/throughput.py dqn-rainbow --kernels native --core 0
     python benchmarks/throughput.py ppo-memory --memory gru --steps 10 --core 0
 
 A repeat is a whole training from a fresh key, initialisation and (DQN) warm-up included, compiled beforehand
@@ -126,7 +126,7 @@ def build(work: Work, **choices: Any) -> tuple[Any, Any, Any, int]:
 
         # Plain Adam: the DQN this is compared with clips no gradients.
         def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
-            return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8)
+            return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8, kernels=config.kernels)
 
         algo = jrl.dqn.make(env, config, optimizer=adam)
         warmup = -(-work.warmup_env_steps // algo.env_steps_per_step) * algo.env_steps_per_step
@@ -243,8 +243,8 @@ def measure_prioritized(work: Work, steps: int, repeats: int, fill: bool) -> dic
     }
 
 
-def measure_rainbow(work: Work, steps: int, repeats: int, fill: bool) -> dict[str, Any]:
-    """Time the steps of plain DQN and of Rainbow in turn; see :func:`measure_steps`."""
+def measure_rainbow(work: Work, steps: int, repeats: int, fill: bool, kernels: str) -> dict[str, Any]:
+    """Time the steps of plain DQN and of Rainbow in turn, both by ``kernels``; see :func:`measure_steps`."""
     from jrl import dqn, rainbow
 
     one = with_capacity(work, work.capacity, fill)
@@ -253,7 +253,12 @@ def measure_rainbow(work: Work, steps: int, repeats: int, fill: bool) -> dict[st
     return {
         **header("dqn-rainbow", work),
         "choices": choices,
-        **measure_steps([(one, {}), (one, {"double": True, **choices})], steps, repeats),
+        "kernels": kernels,
+        **measure_steps(
+            [(one, {"kernels": kernels}), (one, {"kernels": kernels, "double": True, **choices})],
+            steps,
+            repeats,
+        ),
     }
 
 
@@ -379,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--capacities", type=int, nargs=2, default=[10_000, 1_000_000])
     parser.add_argument("--steps", type=int, default=1_000, help="for dqn-…, ppo-memory: steps of a repeat")
     parser.add_argument("--memory", default="gru", help="for ppo-memory: gru or transformer")
+    parser.add_argument("--kernels", choices=("xla", "native"), default="xla", help="for dqn-rainbow")
     parser.add_argument("--fill", action="store_true", help="for dqn-…: begin with full replays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--compile-once", help=argparse.SUPPRESS)
@@ -400,10 +406,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             record = measure_capacity(work, arguments.capacities, *how)
         elif name == "ppo-memory":
             record = measure_memory(work, arguments.memory, arguments.steps, arguments.repeats)
+        elif name == "dqn-rainbow":
+            record = measure_rainbow(work, *how, arguments.kernels)
         else:
-            record = {"dqn-prioritized": measure_prioritized, "dqn-rainbow": measure_rainbow}[name](
-                work, *how
-            )
+            record = measure_prioritized(work, *how)
         print(f"ratio {record['ratio']}, of processor time {record['cpu_ratio']}")
     elif arguments.what == "compile":
         record = measure_compile(work_from(arguments, arguments.algorithm), arguments.repeats)

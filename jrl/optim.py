@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jrl.native import adam as native
 from jrl.ops.schedules import linear_schedule
 from jrl.types import PyTree
 
@@ -17,9 +18,15 @@ from jrl.types import PyTree
 # than what is saved.
 FLAT_UP_TO = 2**20
 
+B1, B2 = 0.9, 0.999  # Adam's, as everyone has them
+
 
 def adam(
-    learning_rate: jax.Array | float, *, max_grad_norm: jax.Array | float | None, eps: float = 1e-5
+    learning_rate: jax.Array | float,
+    *,
+    max_grad_norm: jax.Array | float | None,
+    eps: float = 1e-5,
+    kernels: str = "xla",
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980) on gradients clipped by their global norm.
 
@@ -33,10 +40,11 @@ def adam(
         learning_rate: step size, may be traced.
         max_grad_norm: the gradient is scaled down to this L2 norm over *all* its leaves, may be traced; None: never.
         eps: Adam's ε; 1e-5 is what PPO's reference implementations use.
+        kernels: ``"xla"``, or ``"native"``: a small network's step is one C++ kernel's (:mod:`jrl.native.adam`).
     """
     inner = optax.chain(
         optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
-        optax.scale_by_adam(eps=eps),
+        optax.scale_by_adam(B1, B2, eps),
         optax.scale_by_learning_rate(learning_rate),
     )
     flat = optax.flatten(inner)
@@ -45,7 +53,24 @@ def adam(
         return (flat if _is_small(params) else inner).init(params)
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        if kernels == "native" and _is_small(grads):
+            return native_update(grads, state)
         return (flat if _is_small(grads) else inner).update(grads, state, params)
+
+    def native_update(grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        clipping, moments, scaling = state  # as optax.chain has them
+        count = optax.safe_increment(moments.count)
+        numbers = native.Numbers(
+            norm=0.0 if max_grad_norm is None else global_norm(grads, kernels),
+            max_norm=jnp.inf if max_grad_norm is None else max_grad_norm,
+            learning_rate=learning_rate,
+            first=1 - B1**count,
+            second=1 - B2**count,
+        )
+        leaves, structure = jax.tree.flatten(grads)
+        updates, mu, nu = native.update(leaves, moments.mu, moments.nu, numbers, b1=B1, b2=B2, eps=eps)
+        moments = moments._replace(count=count, mu=mu, nu=nu)
+        return jax.tree.unflatten(structure, updates), (clipping, moments, scaling)
 
     return optax.GradientTransformation(init, update)
 
@@ -67,8 +92,10 @@ def mean_over(f: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf / num, total)
 
 
-def global_norm(tree: PyTree) -> jax.Array:
+def global_norm(tree: PyTree, kernels: str = "xla") -> jax.Array:
     """Return the L2 norm over all leaves, float32 ``[]``; of small trees as one vector, which :func:`adam` shares."""
+    if kernels == "native" and _is_small(tree):
+        return native.norm(jax.tree.leaves(tree))
     return optax.global_norm(ravel_pytree(tree)[0] if _is_small(tree) else tree)
 
 
@@ -78,9 +105,22 @@ def _is_small(tree: PyTree) -> bool:
     return same and sum(leaf.size for leaf in leaves) <= FLAT_UP_TO
 
 
+Optimizer = Callable[[Any, jax.Array], optax.GradientTransformation]
+"""``(hparams, learning_rate) -> optax transformation``; its state must not depend on either."""
+
+
 def default_optimizer(hparams: Any, learning_rate: jax.Array | float) -> optax.GradientTransformation:
     """Return :func:`adam` with ``hparams.max_grad_norm``; what ``make(optimizer=…)`` takes."""
     return adam(learning_rate, max_grad_norm=hparams.max_grad_norm)
+
+
+def by_kernels(optimizer: Optimizer, kernels: str) -> Optimizer:
+    """Return ``optimizer``, or the default one computed by ``kernels``, ``"xla"`` or ``"native"``, where it is that."""
+    if optimizer is not default_optimizer or kernels == "xla":
+        return optimizer
+    return lambda hparams, learning_rate: adam(
+        learning_rate, max_grad_norm=hparams.max_grad_norm, kernels=kernels
+    )
 
 
 def annealed_learning_rate(hparams: Any, env_steps: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ RINGS = {
     "jrl.types": 0,
     "jrl.ops": 0,
     "jrl.envs": 1,
+    "jrl.native": 1,
     "jrl.networks": 1,
     "jrl.replay": 1,
     "jrl.rollout": 1,
@@ -98,7 +99,7 @@ OUTER_ONLY = (
     *("orbax", "matplotlib", "rich", "tyro", "tensorboardX", "wandb"),
 )
 EXCEPTIONS = {("jrl.envs.gymnax", "sys")}  # keeps gymnax from loading what it draws with
-COMPILES = "jrl.networks.native_build"  # files and a compiler are its work
+COMPILES = "jrl.native.build"  # files and a compiler are its work
 OUTER_CALLS = ("open", "print", "input")
 OUTER_METHODS = ("open", "read_text", "write_text", "read_bytes", "write_bytes")
 

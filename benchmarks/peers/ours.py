@@ -137,7 +137,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
 
         # Plain Adam: the DQNs this is compared with clip no gradients.
         def adam(hparams: Any, learning_rate: Any) -> optax.GradientTransformation:
-            return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8)
+            return jrl.optim.adam(learning_rate, max_grad_norm=None, eps=1e-8, kernels=work.kernels)
 
         make = functools.partial(jrl.dqn.make, env, config, optimizer=adam)
         warmup = work.warmup_env_steps

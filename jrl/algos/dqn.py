@@ -31,7 +31,7 @@ from jrl import ops, replay, rollout
 from jrl.algos import checks, off_policy, q_functions
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -226,6 +226,7 @@ def make(
             memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     checks.environment(env)
     checks.discrete(env, "dqn")
     envs = vectorize(env, config.num_envs)
@@ -386,7 +387,7 @@ def make(
             "loss": loss_value,
             "td_error": jnp.abs(td_error).mean(),
             "q": q.max(-1).mean(),
-            "grad_norm": global_norm(grads),
+            "grad_norm": global_norm(grads, config.kernels),
         }
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:

@@ -25,7 +25,7 @@ from flax import struct
 from jrl import networks, normalize, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm, mean_over
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm, mean_over
 from jrl.types import (
     Algorithm,
     Array,
@@ -191,6 +191,7 @@ def make(
             observations that are tokens.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     num_envs = checks.shard(config, shards)
     envs, network, distribution = actor = on_policy.actor(
         env,
@@ -347,7 +348,7 @@ def make(
             params, opt_state, stopped = carry
             parts = jax.tree.map(microbatches, shuffled)
             grads, metrics = shards.mean(mean_over(functools.partial(gradient, params), parts))
-            metrics["grad_norm"] = global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads, config.kernels)
             updates, new_opt_state = gradient_step(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
             if config.stop_at_target_kl:

@@ -21,7 +21,7 @@ from jrl import networks, ops, rollout
 from jrl.algos import checks
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -139,6 +139,7 @@ def make(
             memory; ``config`` cannot be split into so many shards.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     checks.environment(env)
     action = checks.discrete(env, "pqn")
     num_envs = checks.shard(config, shards)
@@ -217,7 +218,7 @@ def make(
             minibatch = jax.tree.map(lambda leaf: leaf[index], batch)
             grads, metrics = shards.mean(jax.grad(loss, has_aux=True)(params, minibatch))
             updates, opt_state = gradient_step(grads, opt_state, params)
-            metrics["grad_norm"] = global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads, config.kernels)
             return (optax.apply_updates(params, updates), opt_state), metrics
 
         (params, opt_state), metrics = jax.lax.scan(

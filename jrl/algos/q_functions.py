@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from jrl import networks, ops
 from jrl.algos import checks
+from jrl.native import build
+from jrl.native import categorical as native_categorical
 from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, Params, PyTree, QuantileQuery
 
 DISTRIBUTIONS = ("none", "categorical", "quantile", "implicit")
@@ -93,6 +95,8 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
     """
     assert isinstance(env.action, Discrete)
     implicit = config.distribution == "implicit"
+    if config.kernels == "native" and config.distribution == "categorical":
+        build.require()
     num_atoms = None if config.distribution == "none" else config.num_atoms
     midpoints = ops.quantile_midpoints(config.num_atoms)
     if network is not None:
@@ -126,7 +130,7 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
             noise_key, fraction_key = jax.random.split(key)
         noise = fraction = [None] * num
         if config.noisy:
-            noise = list(networks.noisy.draw(noise_key, params, (num,)))
+            noise = list(networks.noisy.draw(noise_key, params, (num,), kernels=config.kernels))
         if implicit:
             fraction = list(jax.random.uniform(fraction_key, (num, *batch_shape, config.num_atoms)))
         return [Drawn(*one) for one in zip(noise, fraction, strict=True)]
@@ -156,7 +160,7 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
             case "none":
                 return expected(huber_delta if config.huber else None)
             case "categorical":
-                return categorical(support)
+                return categorical(support, config.kernels)
         return quantile(huber_delta)
 
     return QFunction(init, draw, evaluate, mean, head)
@@ -196,8 +200,11 @@ def expected(huber_delta: Array | float | None) -> QHead:
     return QHead(lambda q: q, target, soft_target, loss)
 
 
-def categorical(support: Array) -> QHead:
-    """Return the head of C51: logits ``[..., A, K]`` of the atoms ``support [K]``; the error is a KL divergence."""
+def categorical(support: Array, kernels: str = "xla") -> QHead:
+    """Return the head of C51: logits ``[..., A, K]`` of the atoms ``support [K]``; the error is a KL divergence.
+
+    By XLA, or by :mod:`jrl.native.categorical` where ``kernels`` is ``"native"``, but for soft targets.
+    """
 
     def project(reward: Array, discount: Array, shift: Array, probability: Array) -> Array:
         """Return the projection of ``r + discount (z + shift)``, ``shift`` being ``[N]``, or ``[N, A]``."""
@@ -228,6 +235,19 @@ def categorical(support: Array) -> QHead:
         entropy = -jax.scipy.special.xlogy(target, target).T.sum(0)
         return cross_entropy, cross_entropy - entropy
 
+    def native_target(
+        reward: Array, discount: Array, next_logits: Array, next_q: Array, online_q: Array | None = None
+    ) -> Array:
+        q = next_q if online_q is None else online_q
+        return native_categorical.target(next_logits, q, reward, discount, support)
+
+    if kernels == "native":
+        return QHead(
+            lambda logits: native_categorical.mean(logits, support),
+            native_target,
+            soft_target,
+            native_categorical.loss,
+        )
     return QHead(lambda logits: ops.categorical_mean(logits, support), target, soft_target, loss)
 
 

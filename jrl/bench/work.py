@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from jrl.native import adam, categorical, noise
 from jrl.networks import native
 
 Shape = tuple[int, int, int, int]  # batch, M, N, K
@@ -85,6 +86,15 @@ class Work:
         return dataclasses.replace(difference, products=products)
 
 
+REFERENCES: dict[str, tuple[Callable[..., Any], int]] = {
+    adam.NORM: (adam.reference_norm, 0),
+    adam.UPDATE: (adam.reference_update, 1),
+    categorical.MEAN: (categorical.reference_mean, 1),
+    categorical.TARGET: (categorical.reference_target, 2),
+    categorical.LOSS: (categorical.reference_loss, 1),
+}
+"""Of kernels: what they compute, in XLA, and the rank of their first output."""
+
 _NUMBERS = ("transcendentals", "elementwise", "random_bits", "bytes")
 
 
@@ -142,11 +152,24 @@ def _equation(equation: Any, used: Sequence[bool]) -> Work:
         )
     if name == "ffi_call" and params["target_name"].startswith(native.NAMES):
         return _native(params, ins) + _moved(*ins, *outs)
+    if name == "ffi_call" and params["target_name"].startswith(noise.FACTORS):
+        key = jax.eval_shape(jax.random.key, 0)
+        return count(lambda key: noise.reference(key, outs[0].shape), key) + _moved(*outs)
+    if name == "ffi_call" and params["target_name"].startswith(tuple(REFERENCES)):
+        return _reference(params["target_name"].rpartition("_")[0], ins, outs) + _moved(*ins, *outs)
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in params:
             inner = _open(params[key])
             return _jaxpr(inner, used if len(used) == len(inner.outvars) else [True] * len(inner.outvars))
     return _primitive(name, params, ins, outs)
+
+
+def _reference(name: str, ins: Sequence[Any], outs: Sequence[Any]) -> Work:
+    """Return the operations of a call of another kernel of :mod:`jrl.native`: those of XLA's way to do it."""
+    function, rank = REFERENCES[name]
+    for _ in outs[0].shape[: outs[0].ndim - rank]:
+        function = jax.vmap(function)
+    return count(function, *ins)
 
 
 def _native(params: Mapping[str, Any], ins: Sequence[Any]) -> Work:

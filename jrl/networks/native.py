@@ -1,9 +1,9 @@
 """A whole multilayer perceptron in one C++ kernel, for CPUs: where XLA's products of small matrices are slow.
 
 XLA calls a library for each layer's product and writes what is between two layers to memory. Here a block of rows goes
-through all layers while it is in the cache, in the vectors that this processor has. The source, ``native.cc``, is
-compiled when it is first used (:mod:`jrl.networks.native_build`). Nothing uses it unless asked to: by
-``kernels="native"`` in a ``Config``, or by calling :func:`mlp`.
+through all layers while it is in the cache, in the vectors that this processor has. Nothing uses it unless asked to: by
+``kernels="native"`` in a ``Config``, or by calling :func:`mlp`. The source, ``jrl/native/mlp.cc``, is compiled when it
+is first used (:mod:`jrl.native.build`).
 
 Each device of the CPU computes its own calls on its own thread, so that two devices use two cores.
 """
@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jrl.native import build
 from jrl.networks.fused import Layer
 from jrl.networks.mlp import ACTIVATIONS as FUNCTIONS
-from jrl.networks.native_build import load, target
 
 ACTIVATIONS = ("tanh", "relu")
 """What it computes, by the number that the source has for it."""
 
-NAMES = ("jrl_mlp_forward", "jrl_mlp_backward")
-"""What XLA knows its calls as; the name of a build follows (:func:`jrl.networks.native_build.target`)."""
+FORWARD, BACKWARD = NAMES = "jrl_mlp_forward", "jrl_mlp_backward"
+"""Its kernels in :mod:`jrl.native.build`."""
 
 MOST_LAYERS = 8  # as the source has it
 
@@ -46,7 +45,7 @@ def check(sizes: Sequence[int], activation: str) -> None:
 
     Raises:
         ValueError: too few or too many layers, another activation, or JAX computes on no CPU.
-        RuntimeError: as :func:`jrl.networks.native_build.load`.
+        RuntimeError: as :func:`jrl.native.build.load`.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -58,11 +57,7 @@ def check(sizes: Sequence[int], activation: str) -> None:
             f"{len(sizes)} layers: kernels='native' computes 2 to {MOST_LAYERS}, the last one included; use "
             "kernels='xla'."
         )
-    if jax.default_backend() != "cpu":
-        raise ValueError(
-            f"kernels='native' on {jax.default_backend()}: it is for CPUs; use kernels='xla', which has one for GPUs."
-        )
-    load()
+    build.require()
 
 
 def mlp(layers: Sequence[Layer], x: jax.Array, activation: str, norms: Sequence[Norm] = ()) -> jax.Array:
@@ -116,28 +111,26 @@ def reference(activation: str, layers: Sequence[Layer], norms: Sequence[Norm], x
 def _call(
     name: str, activation: str, norms: Sequence[Norm], outputs: Sequence[tuple[int, ...]], *args: jax.Array
 ) -> list[jax.Array]:
-    load()
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs]
-    call: Any = jax.ffi.ffi_call(target(name), shapes, vmap_method="broadcast_all")
-    return call(*args, activation=np.int64(ACTIVATIONS.index(activation)), norm=np.int64(bool(norms)))
+    attributes = {"activation": np.int64(ACTIVATIONS.index(activation)), "norm": np.int64(bool(norms))}
+    return build.call(name, outputs, *args, attributes=attributes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(activation: str, layers: tuple[Layer, ...], norms: tuple[Norm, ...], x: jax.Array) -> jax.Array:
     """Return the output ``[N, K]`` of ``x [N, F]``."""
     outputs = [(x.shape[0], layers[-1].bias.shape[0])]
-    return _call("forward", activation, norms, outputs, x, *jax.tree.leaves((layers, norms)))[0]
+    return _call(FORWARD, activation, norms, outputs, x, *jax.tree.leaves((layers, norms)))[0]
 
 
 def _run_forward(
     activation: str, layers: tuple[Layer, ...], norms: tuple[Norm, ...], x: jax.Array
 ) -> tuple[jax.Array, tuple]:
-    lanes, rows = load().jrl_lanes(), x.shape[0]
+    lanes, rows = build.load().jrl_lanes(), x.shape[0]
     *hidden, last = [layer.bias.shape[0] for layer in layers]
     # Of each hidden layer its activations in whole vectors, or with layer norm what they are made of.
     kept = [(rows, -(-size // lanes) * lanes) for size in hidden] + [(rows,) for _ in norms]
     y, *residuals = _call(
-        "forward", activation, norms, [(rows, last), *kept], x, *jax.tree.leaves((layers, norms))
+        FORWARD, activation, norms, [(rows, last), *kept], x, *jax.tree.leaves((layers, norms))
     )
     return y, (layers, norms, x, residuals)
 
@@ -148,7 +141,7 @@ def _run_backward(activation: str, residuals: tuple, grad: jax.Array) -> tuple:
     kernels, hidden = [layer.kernel for layer in layers], len(layers) - 1
     outputs = [leaf.shape for leaf in jax.tree.leaves(params)]
     args = [*kernels, *kept[:hidden], *jax.tree.leaves(norms), *kept[hidden:]]
-    grads = _call("backward", activation, norms, outputs, x, grad, *args)
+    grads = _call(BACKWARD, activation, norms, outputs, x, grad, *args)
     # Of observations, seldom asked for: where it is not, nothing of this is compiled.
     _, pull = jax.vjp(lambda x: reference(activation, layers, norms, x), x)
     return *jax.tree.unflatten(jax.tree.structure(params), grads), pull(grad)[0]

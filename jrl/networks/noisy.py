@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.native import noise
 from jrl.types import Array, Key, Params, PyTree
 
 
@@ -54,16 +55,15 @@ def init(params: Params, scale: Array | float = 0.5) -> NoisyParams:
     return NoisyParams(params, sigma)
 
 
-def draw(key: Key, params: NoisyParams, batch_shape: tuple[int, ...] = ()) -> Array:
+def draw(key: Key, params: NoisyParams, batch_shape: tuple[int, ...] = (), *, kernels: str = "xla") -> Array:
     """Draw the factors ``f(ε)`` of all layers, float32 ``[*batch_shape, F_1 + K_1 + F_2 + …]``, for :func:`perturb`.
 
-    One draw for all layers, and for all the times that a step needs: each costs more than its numbers.
+    One draw for all layers, and for all the times that a step needs: each costs more than its numbers. By XLA, or with
+    ``kernels="native"`` by :mod:`jrl.native.noise`, to rounding the same.
     """
     size = sum(size for layer in params.scale.values() for size in layer["kernel"].shape)
-    noise = jax.random.normal(key, (*batch_shape, size))
-    # sign(x) sqrt(|x|), by a division: XLA computes it once, where it would repeat what is cheaper for every weight.
-    # Not by the root itself, which would become a product with its inverse.
-    return noise / jnp.maximum(jnp.sqrt(jnp.abs(noise)), jnp.finfo(noise.dtype).tiny)
+    ours = kernels == "native" and noise.draws(key)
+    return (noise.factors if ours else noise.reference)(key, (*batch_shape, size))
 
 
 def perturb(params: NoisyParams, noise: Array) -> Params:

@@ -1,4 +1,4 @@
-"""Compiles ``native.cc`` for this processor, by the machine's own C++ compiler, and tells XLA of it.
+"""Compiles the C++ kernels for this processor, by the machine's own compiler, and tells XLA of them.
 
 The library is kept in ``$XDG_CACHE_HOME/jrl``, by default ``~/.cache/jrl``, under a name that changes with the source,
 the compiler, the processor and jaxlib.
@@ -15,24 +15,53 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-SOURCE = Path(__file__).with_name("native.cc")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "kernels.cc"
+NAMES = (
+    "jrl_adam_norm",
+    "jrl_adam_update",
+    "jrl_categorical_loss",
+    "jrl_categorical_mean",
+    "jrl_categorical_target",
+    "jrl_mlp_backward",
+    "jrl_mlp_forward",
+    "jrl_noise_factors",
+)
+"""Of the kernels; XLA knows them by :func:`target`."""
+
+
+def require() -> None:
+    """Compile and load the kernels, or say why it cannot be used here.
+
+    Raises:
+        ValueError: JAX computes on no CPU.
+        RuntimeError: as :func:`load`.
+    """
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"kernels='native' on {jax.default_backend()}: it is for CPUs; use kernels='xla', which has one for GPUs."
+        )
+    load()
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Compile the kernel if this machine has not yet, load it, and tell XLA of it.
+    """Compile the kernels if this machine has not yet, load them, and tell XLA of them.
 
     Raises:
         RuntimeError: there is no C++ compiler, or it fails; with what it said.
     """
     library = ctypes.CDLL(str(_compiled()))
-    for name in ("forward", "backward"):
-        handler = jax.ffi.pycapsule(getattr(library, f"jrl_mlp_{name}"))
+    for name in NAMES:
+        handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(target(name), handler, platform="cpu")
     return library
 
@@ -48,7 +77,7 @@ def _digest() -> str:
     except OSError:  # not Linux
         processor = platform.processor()
     parts = (
-        SOURCE.read_text(),
+        *(source.read_text() for source in sorted(FOLDER.glob("*.cc")) + sorted(FOLDER.glob("*.h"))),
         *FLAGS,
         compiler,
         version,
@@ -60,8 +89,35 @@ def _digest() -> str:
 
 
 def target(name: str) -> str:
-    """Return what XLA knows the kernel as, ``"forward"`` or ``"backward"``."""
-    return f"jrl_mlp_{name}_{_digest()}"
+    """Return what XLA knows a kernel as, another name for another build."""
+    return f"{name}_{_digest()}"
+
+
+def call(
+    name: str,
+    outputs: Sequence[tuple[int, ...]],
+    *args: jax.Array,
+    aliases: dict[int, int] | None = None,
+    attributes: dict[str, Any] | None = None,
+) -> list[jax.Array]:
+    """Return the float32 outputs, of these shapes, of a kernel; ``jax.vmap`` adds an axis to all.
+
+    Args:
+        name: of the kernel.
+        outputs: shapes.
+        args: arrays.
+        aliases: argument to output that may take its memory, by their positions.
+        attributes: what is no array.
+
+    Raises:
+        RuntimeError: as :func:`load`.
+    """
+    load()
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs]
+    function: Any = jax.ffi.ffi_call(
+        target(name), shapes, vmap_method="broadcast_all", input_output_aliases=aliases
+    )
+    return function(*args, **(attributes or {}))
 
 
 def _compiler() -> str:
@@ -77,14 +133,14 @@ def _compiler() -> str:
 
 def _compiled() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jrl"
-    library = cache / f"native-{_digest()}.so"
-    if library.exists():
-        return library
+    file = cache / f"native-{_digest()}.so"
+    if file.exists():
+        return file
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # Several processes may do this at once: each writes a file of its own, and the last one's stays.
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / library.name
+            built = Path(folder) / file.name
             command = [_compiler(), *FLAGS, "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}", str(SOURCE)]
             done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=False)
             if done.returncode != 0:
@@ -92,10 +148,10 @@ def _compiled() -> Path:
                     f"kernels='native' did not compile ({' '.join(command)}):\n{done.stderr[-2000:]}\nName another "
                     "compiler in CXX, or use kernels='xla'."
                 )
-            built.replace(library)
+            built.replace(file)
     except OSError as error:
         raise RuntimeError(
             f"kernels='native' keeps what it compiles in {cache}: {error}. Set XDG_CACHE_HOME to a folder that can be "
             "written to, or use kernels='xla'."
         ) from error
-    return library
+    return file

@@ -7,80 +7,28 @@
 // Boards and one-hot vectors are nearly all zeros: a block of such rows goes through the first layer by the entries
 // that are none. (A weight that is infinite or NaN then shows in the rows that use it, where 0 times it would be NaN.)
 //
-// Compiled and called by native.py, which says what the arguments are.
+// Compiled and called by jrl/networks/native.py, which says what the arguments are.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
-
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 12;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 6;
-#else
-constexpr int kLanes = 4, kTile = 6;
-#endif
-constexpr int kBlock = 48;    // rows: of 64 units, with the weights of one such layer, they fit 32 KB
-constexpr int kFewRows = 32;  // below, reordering the weights would cost as much as the product
+constexpr int kTile = kLanes == 16 ? 12 : 6;  // rows of a tile of sums, which has all registers but a few
+constexpr int kBlock = 48;                    // rows: of 64 units, with the weights of one such layer, they fit 32 KB
+constexpr int kFewRows = 32;                  // below, reordering the weights would cost as much as the product
 constexpr int kMaxLayers = 8;
 constexpr int kPanel = 2 * kLanes;
 constexpr int kSparseFrom = 64;    // columns, below which looking for zeros costs what it saves
 constexpr int kSparse = 4;         // a block is sparse if at most one entry in so many is not 0
 constexpr float kEpsilon = 1e-6f;  // of layer norm, flax's
-
-// Compilers give up inlining somewhere in so many tiles, and a call there costs half as much again.
-#define JRL_INLINE inline __attribute__((always_inline))
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-JRL_INLINE Vec Load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-JRL_INLINE void Store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
-JRL_INLINE Vec Spread(float x) { return x - Vec{}; }  // x + 0 would not be x where that is -0
-inline int64_t Padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// a b + c, rounded once where the processor can. Said, as compilers see it in some places and not in others, and then
-// rows of a tail would differ from those of a tile.
-JRL_INLINE Vec Fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
-#elif defined(__FP_FAST_FMAF)
-  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#else
-  return a * b + c;
-#endif
-}
-
-// v, with 0 in its lanes from n on.
-JRL_INLINE Vec First(Vec v, int64_t n) {
-  Vec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
-  return lane < static_cast<float>(n) ? v : Vec{};
-}
-
-// The smaller and the larger; NaN in x stays.
-#if defined(__AVX__) && !defined(__AVX512F__)
-JRL_INLINE Vec Min(Vec bound, Vec x) { return _mm256_min_ps(bound, x); }
-JRL_INLINE Vec Max(Vec bound, Vec x) { return _mm256_max_ps(bound, x); }
-#else
-JRL_INLINE Vec Min(Vec bound, Vec x) { return bound < x ? bound : x; }
-JRL_INLINE Vec Max(Vec bound, Vec x) { return bound > x ? bound : x; }
-#endif
 
 // x P(x^2) / Q(x^2), fitted for the smallest relative error up to 7.9, 2e-8 before rounding, where tanh is 1 - 3e-7.
 JRL_INLINE Vec Tanh(Vec x) {
@@ -226,12 +174,6 @@ inline void AddRows(int64_t rows, const float* a, int64_t columns, float* out) {
   int64_t c = 0;
   for (; c + 8 * kLanes <= columns; c += 8 * kLanes) AddRowsTile<8>(rows, a + c, columns, out + c);
   for (; c < columns; c += kLanes) AddRowsTile<1>(rows, a + c, columns, out + c);
-}
-
-JRL_INLINE float Total(Vec x) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
 }
 
 // As Product, for fewer columns than a vector has lanes: a is padded with zeros, w [columns, size] transposed,
@@ -394,28 +336,46 @@ JRL_INLINE Vec Scaled(const Norm& norm, int64_t c, Vec normal) {
   return Act<A>(Fma(normal, Load(norm.scale + c), Load(norm.shift + c)));
 }
 
-// z [rows, columns] becomes y, in place.
-template <int A>
-void Normalize(int64_t rows, int64_t columns, const Norm& norm, float* z) {
-  const int64_t padded = Padded(columns), rest = columns - padded + kLanes;
-  for (int64_t r = 0; r < rows; ++r, z += padded) {
-    Vec sum{}, squares{};
-    for (int64_t c = 0; c < padded; c += kLanes) sum += Load(z + c);
-    const Vec mean = Spread(Total(sum) / static_cast<float>(columns));
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      Vec centred = Load(z + c) - mean;
-      if (c + kLanes == padded) centred = First(centred, rest);
-      squares = Fma(centred, centred, squares);
+// z [R, columns] becomes y, in place; norm's rows are these. Several rows at once, as one sum waits for itself.
+template <int A, int R>
+JRL_INLINE void NormalizeTile(int64_t columns, const Norm& norm, float* z) {
+  const int64_t padded = Padded(columns), last = padded - kLanes;
+  const Whole mask = MaskOf(columns - last);
+  Vec sum[R] = {}, mean[R], reciprocal[R];
+  for (int64_t c = 0; c < padded; c += kLanes)
+    for (int r = 0; r < R; ++r) sum[r] += Load(z + r * padded + c);
+  Vec squares[R] = {};
+  for (int r = 0; r < R; ++r) mean[r] = Spread(Total(sum[r]) / static_cast<float>(columns));
+  for (int64_t c = 0; c < padded; c += kLanes)
+    for (int r = 0; r < R; ++r) {
+      Vec centred = Load(z + r * padded + c) - mean[r];
+      if (c == last) centred = mask ? centred : Vec{};
+      squares[r] = Fma(centred, centred, squares[r]);
     }
-    const float reciprocal = 1.0f / std::sqrt(Total(squares) / static_cast<float>(columns) + kEpsilon);
-    if (norm.reciprocal) norm.reciprocal[r] = reciprocal;
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      Vec normal = (Load(z + c) - mean) * Spread(reciprocal);
-      if (c + kLanes == padded) normal = First(normal, rest);
-      if (norm.normal) Store(norm.normal + r * padded + c, normal);
-      Store(z + c, Scaled<A>(norm, c, normal));
-    }
+  for (int r = 0; r < R; ++r) {
+    const float one = 1.0f / std::sqrt(Total(squares[r]) / static_cast<float>(columns) + kEpsilon);
+    if (norm.reciprocal) norm.reciprocal[r] = one;
+    reciprocal[r] = Spread(one);
   }
+  for (int64_t c = 0; c < padded; c += kLanes)
+    for (int r = 0; r < R; ++r) {
+      Vec normal = (Load(z + r * padded + c) - mean[r]) * reciprocal[r];
+      if (c == last) normal = mask ? normal : Vec{};
+      if (norm.normal) Store(norm.normal + r * padded + c, normal);
+      Store(z + r * padded + c, Scaled<A>(norm, c, normal));
+    }
+}
+
+template <int A>
+void Normalize(int64_t rows, int64_t columns, Norm norm, float* z) {
+  const int64_t padded = Padded(columns);
+  auto some = [&](auto tile, int64_t count) __attribute__((always_inline)) {
+    tile(columns, norm, z);
+    z += count * padded;
+    if (norm.normal) norm.normal += count * padded, norm.reciprocal += count;
+  };
+  for (; rows >= 4; rows -= 4) some(NormalizeTile<A, 4>, 4);
+  for (; rows > 0; --rows) some(NormalizeTile<A, 1>, 1);
 }
 
 // y again, of what was kept.
@@ -426,60 +386,59 @@ void Rescale(int64_t rows, int64_t padded, const Norm& norm, float* y) {
       Store(y + r * padded + c, Scaled<A>(norm, c, Load(norm.normal + r * padded + c)));
 }
 
-// The gradient of normal scale + shift becomes that of z, in place; those of scale and shift are added to.
-void NormalizeBack(int64_t rows, int64_t columns, const Norm& norm, float* delta, float* scale_grad,
-                   float* shift_grad) {
-  const int64_t padded = Padded(columns), rest = columns - padded + kLanes;
-  AddRows(rows, delta, padded, shift_grad);
-  for (int64_t r = 0; r < rows; ++r, delta += padded) {
-    const float* kept = norm.normal + r * padded;
-    Vec sum{}, products{};
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      const Vec grad = Load(delta + c), normal = Load(kept + c), scaled = grad * Load(norm.scale + c);
-      sum += scaled;
-      products = Fma(scaled, normal, products);
-      Store(scale_grad + c, Fma(grad, normal, Load(scale_grad + c)));
+// The gradient of normal scale + shift becomes that of z [R, columns], in place; that of scale is added to.
+template <int R>
+JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delta, float* scale_grad) {
+  const int64_t padded = Padded(columns), last = padded - kLanes;
+  const Whole mask = MaskOf(columns - last);
+  Vec sum[R] = {}, products[R] = {}, mean[R], slope[R], reciprocal[R];
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    const Vec scale = Load(norm.scale + c);
+    Vec total = Load(scale_grad + c);
+    for (int r = 0; r < R; ++r) {
+      const Vec grad = Load(delta + r * padded + c), normal = Load(norm.normal + r * padded + c), scaled = grad * scale;
+      sum[r] += scaled;
+      products[r] = Fma(scaled, normal, products[r]);
+      total = Fma(grad, normal, total);
     }
-    const Vec mean = Spread(Total(sum) / static_cast<float>(columns));
-    const Vec slope = Spread(Total(products) / static_cast<float>(columns));
-    const Vec reciprocal = Spread(norm.reciprocal[r]);
-    for (int64_t c = 0; c < padded; c += kLanes) {
-      const Vec scaled = Load(delta + c) * Load(norm.scale + c);
-      const Vec grad = reciprocal * (scaled - mean - Load(kept + c) * slope);
-      Store(delta + c, c + kLanes == padded ? First(grad, rest) : grad);
-    }
+    Store(scale_grad + c, total);
   }
+  for (int r = 0; r < R; ++r) {
+    mean[r] = Spread(Total(sum[r]) / static_cast<float>(columns));
+    slope[r] = Spread(Total(products[r]) / static_cast<float>(columns));
+    reciprocal[r] = Spread(norm.reciprocal[r]);
+  }
+  for (int64_t c = 0; c < padded; c += kLanes)
+    for (int r = 0; r < R; ++r) {
+      const Vec scaled = Load(delta + r * padded + c) * Load(norm.scale + c);
+      const Vec grad = reciprocal[r] * (scaled - mean[r] - Load(norm.normal + r * padded + c) * slope[r]);
+      Store(delta + r * padded + c, c == last ? (mask ? grad : Vec{}) : grad);
+    }
 }
 
-// Memory of a thread, kept from call to call.
-class Scratch {
- public:
-  void Begin(size_t floats) {
-    floats += 64;
-    if (buffer_.size() < floats) buffer_.resize(floats);
-    const auto base = reinterpret_cast<uintptr_t>(buffer_.data());
-    next_ = reinterpret_cast<float*>((base + 63) / 64 * 64);
-  }
-  float* Take(size_t floats) {
-    float* out = next_;
-    next_ += (floats + 15) / 16 * 16;
-    return out;
-  }
-
- private:
-  std::vector<float> buffer_;
-  float* next_ = nullptr;
-};
-thread_local Scratch scratch;
+// The same of all rows; the gradient of shift is added to as well.
+void NormalizeBack(int64_t rows, int64_t columns, Norm norm, float* delta, float* scale_grad, float* shift_grad) {
+  const int64_t padded = Padded(columns);
+  AddRows(rows, delta, padded, shift_grad);
+  auto some = [&](auto tile, int64_t count) __attribute__((always_inline)) {
+    tile(columns, norm, delta, scale_grad);
+    delta += count * padded, norm.normal += count * padded, norm.reciprocal += count;
+  };
+  for (; rows >= 4; rows -= 4) some(NormalizeBackTile<4>, 4);
+  for (; rows > 0; --rows) some(NormalizeBackTile<1>, 1);
+}
 
 // w [size, columns] as panels [size, kPanel] side by side, the last one [size, kLanes] if that is enough.
 void Pack(const float* w, int64_t size, int64_t columns, float* panels) {
   const int64_t padded = Padded(columns);
   for (int64_t c = 0; c < padded; c += kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, padded - c), real = std::min<int64_t>(width, columns - c);
+    const bool whole = c + kPanel <= columns;
+    const int64_t width = std::min<int64_t>(kPanel, padded - c);
+    const Whole mask = MaskOf(columns - (padded - kLanes));
     for (int64_t f = 0; f < size; ++f, panels += width) {
-      std::memcpy(panels, w + f * columns + c, real * sizeof(float));
-      std::fill(panels + real, panels + width, 0.0f);
+      const float* from = w + f * columns + c;
+      if (whole || width > kLanes) Store(panels, Load(from));
+      Store(panels + width - kLanes, whole ? Load(from + kLanes) : LoadMasked(from + width - kLanes, mask));
     }
   }
 }
@@ -699,8 +658,8 @@ Shape ShapeOf(const ffi::AnyBuffer& x, ffi::RemainingArgs weights, size_t step, 
 
 // x, then kernel and bias of each layer, then with layer norm scale and shift of each hidden layer -> y, then, if asked
 // for, what is kept of each hidden layer, then with layer norm the reciprocals of its rows' deviations.
-ffi::Error Forward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::RemainingArgs weights,
-                   ffi::RemainingRets outs) {
+ffi::Error MlpForward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::RemainingArgs weights,
+                      ffi::RemainingRets outs) {
   const size_t layers = norm ? (weights.size() + 2) / 4 : weights.size() / 2;
   const Shape s = ShapeOf(x, weights, 2, layers, norm);
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -730,8 +689,8 @@ ffi::Error Forward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::Rema
 
 // x, dy, the kernels, what was kept of the hidden layers, then with layer norm their scale and shift, and their rows'
 // reciprocals -> gradients of kernel and bias of each layer, then of scale and shift of each hidden layer.
-ffi::Error Backward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::RemainingArgs rest,
-                    ffi::RemainingRets outs) {
+ffi::Error MlpBackward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::RemainingArgs rest,
+                       ffi::RemainingRets outs) {
   const size_t layers = norm ? (outs.size() + 2) / 4 : outs.size() / 2;
   const Shape s = ShapeOf(x, rest, 1, layers, norm);
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -765,14 +724,14 @@ ffi::Error Backward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::Any
 
 extern "C" int jrl_lanes() { return kLanes; }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_forward, Forward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_forward, MlpForward,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("activation")
                                   .Attr<int64_t>("norm")
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_backward, Backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_backward, MlpBackward,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("activation")
                                   .Attr<int64_t>("norm")

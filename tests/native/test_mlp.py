@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,12 @@ import pytest
 import jrl
 from jrl import dqn, networks, ppo, pqn
 from jrl.bench import work
-from jrl.networks import native, native_build
+from jrl.networks import native
 from jrl.networks.fused import Layer
 from jrl.networks.native import Norm
 from jrl.sweep import runner
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
-)
 
 
 def layers(sizes, members=()):
@@ -276,44 +272,3 @@ def test_other_numbers_are_refused():
         native.mlp(layers((4, 8, 2)), jnp.ones((3, 4), jnp.bfloat16), "tanh")
     with pytest.raises(ValueError, match="1 norms of 3 layers"):
         native.mlp(layers((4, 8, 8, 2)), jnp.ones((3, 4)), "tanh", norms_of((4, 8, 2)))
-
-
-@pytest.fixture
-def afresh(tmp_path, monkeypatch):
-    """As in a process that has loaded nothing, on a machine that has compiled nothing."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for function in (native_build.load, native_build._digest):
-        function.cache_clear()
-    yield tmp_path / "cache" / "jrl"
-    for function in (native_build.load, native_build._digest):
-        function.cache_clear()
-
-
-def test_without_a_compiler_the_error_says_what_to_do(afresh, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler \(no-such-compiler.*kernels='xla'"):
-        native_build.load()
-
-
-def test_what_the_compiler_says_is_shown_and_nothing_is_kept(afresh, tmp_path, monkeypatch):
-    broken = tmp_path / "broken.cc"
-    broken.write_text("int main() { return this_is_no_name; }")
-    monkeypatch.setattr(native_build, "SOURCE", broken)
-    with pytest.raises(RuntimeError, match="this_is_no_name"):
-        native_build.load()
-    assert list(afresh.iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_written_is_named(afresh, tmp_path):
-    afresh.parent.write_text("a file where a folder should be")
-    with pytest.raises(RuntimeError, match="XDG_CACHE_HOME"):
-        native_build.load()
-
-
-def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
-    """As a processor without AVX has them."""
-    monkeypatch.setattr(native_build, "FLAGS", tuple(f for f in native_build.FLAGS if f != "-march=native"))
-    assert native_build.load().jrl_lanes() == 4
-    test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh", True)
-    test_of_an_input_that_is_nearly_all_zeros_too((67, 150, 12), 49)
-    assert len(list(afresh.glob("native-*.so"))) == 1
