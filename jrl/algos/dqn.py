@@ -105,7 +105,8 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu in one C++ kernel, on a CPU, compiled at first use by its compiler."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam, a 'categorical' distribution and the noise of noisy layers in C++
+    kernels, on a CPU, compiled at first use."""
     layer_norm: bool = True
     """Normalise before each activation. The default, since without it one or two of ten seeds ended CartPole on
     overestimated values (as Gallici et al., 2024, arXiv:2407.04811, found for Q-learning at large)."""

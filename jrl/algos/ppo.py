@@ -76,7 +76,7 @@ class Config:
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu in one C++ kernel, on a CPU, compiled at first use by its compiler."""
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False

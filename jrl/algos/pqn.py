@@ -59,7 +59,7 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu in one C++ kernel, on a CPU, compiled at first use by its compiler."""
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = True
     """Normalise before each activation: what keeps learning stable without a target network."""
 

@@ -182,18 +182,18 @@ ffi::Error CategoricalLoss(Floats logits, Integers action, Floats target, Result
     float* slope = grad->typed_data() + (r * actions + taken) * atoms;
     const Softmax softmax =
         Exponentials(row, x, [&](int64_t k, Vec e) __attribute__((always_inline)) { Store(mass + k, e); });
-    // sum t log p = sum t (x - largest) - log(sum of exponentials) sum t
-    Vec products{}, entropy{}, total{};
+    // sum t log p = sum t (x - largest) - log(sum of exponentials) sum t; own is sum t log t
+    Vec products{}, own{}, total{};
     const float* t = target.typed_data() + r * atoms;
     row.Read(t, [&](int64_t k, Vec v) __attribute__((always_inline)) {
       const Vec logit = k < row.last ? Load(x + k) : LoadMasked(x + k, row.mask);
       products = Fma(v, logit - softmax.largest, products);
-      entropy = Fma(v, v > 0.0f ? Log(v) : Vec{}, entropy);
+      own = Fma(v, v > 0.0f ? Log(v) : Vec{}, own);
       total += v;
     });
     const float sum = Total(total), crossed = std::log(softmax.total) * sum - Total(products);
     cross_entropy->typed_data()[r] = crossed;
-    divergence->typed_data()[r] = crossed + Total(entropy);
+    divergence->typed_data()[r] = crossed + Total(own);
     const Vec scale = Spread(sum / softmax.total);
     row.Read(t, [&](int64_t k, Vec v)
                     __attribute__((always_inline)) { row.Write(slope, k, Fma(Load(mass + k), scale, -v)); });
