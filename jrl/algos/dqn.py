@@ -105,7 +105,7 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, Adam, a 'categorical' distribution and the noise of noisy layers in C++
+    """'xla'; or 'native': an mlp of tanh or relu, Adam, a 'categorical' distribution and noisy layers' noise in C++
     kernels, on a CPU, compiled at first use."""
     layer_norm: bool = True
     """Normalise before each activation. The default, since without it one or two of ten seeds ended CartPole on
