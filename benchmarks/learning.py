@@ -348,7 +348,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--env-steps", type=int, help="instead of the row's own; schedules too")
-    parser.add_argument("--kernels", choices=("xla", "native"), help="of the rows whose config has the choice")
+    parser.add_argument(
+        "--kernels", choices=("xla", "native"), help="of the rows whose config has the choice"
+    )
     parser.add_argument("--at-once", action="store_true", help="all seeds in one program, for a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true")
