@@ -11,6 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from jrl.native import adam as native
+from jrl.native import build
 from jrl.ops.schedules import linear_schedule
 from jrl.types import PyTree
 
@@ -40,8 +41,14 @@ def adam(
         learning_rate: step size, may be traced.
         max_grad_norm: the gradient is scaled down to this L2 norm over *all* its leaves, may be traced; None: never.
         eps: Adam's ε; 1e-5 is what PPO's reference implementations use.
-        kernels: ``"xla"``, or ``"native"``: a small network's step is one C++ kernel's (:mod:`jrl.native.adam`).
+        kernels: ``"xla"``, or ``"native"``: a small network's step is one C++ kernel's, on a CPU
+            (:mod:`jrl.native.adam`).
+
+    Raises:
+        ValueError: other ``kernels``; native ones where JAX computes on no CPU.
+        RuntimeError: native ones without a C++ compiler.
     """
+    _check(kernels)
     inner = optax.chain(
         optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(B1, B2, eps),
@@ -115,7 +122,8 @@ def default_optimizer(hparams: Any, learning_rate: jax.Array | float) -> optax.G
 
 
 def by_kernels(optimizer: Optimizer, kernels: str) -> Optimizer:
-    """Return ``optimizer``, or the default one computed by ``kernels``, ``"xla"`` or ``"native"``, where it is that."""
+    """Return ``optimizer``, or the default one computed by ``kernels`` where it is that; raise as :func:`adam`."""
+    _check(kernels)
     if optimizer is not default_optimizer or kernels == "xla":
         return optimizer
     return lambda hparams, learning_rate: adam(
@@ -136,3 +144,10 @@ def annealed_learning_rate(hparams: Any, env_steps: jax.Array) -> jax.Array:
         begin=0.0,
         duration=hparams.anneal_env_steps,
     )
+
+
+def _check(kernels: str) -> None:
+    if kernels not in ("xla", "native"):
+        raise ValueError(f"kernels={kernels!r}: must be 'xla' or 'native'.")
+    if kernels == "native":
+        build.require()

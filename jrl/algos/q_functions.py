@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from jrl import networks, ops
 from jrl.algos import checks
-from jrl.native import build
 from jrl.native import categorical as native_categorical
 from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, Params, PyTree, QuantileQuery
 
@@ -95,8 +94,6 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
     """
     assert isinstance(env.action, Discrete)
     implicit = config.distribution == "implicit"
-    if config.kernels == "native" and config.distribution == "categorical":
-        build.require()
     num_atoms = None if config.distribution == "none" else config.num_atoms
     midpoints = ops.quantile_midpoints(config.num_atoms)
     if network is not None:

@@ -39,7 +39,7 @@ NAMES = (
 
 
 def require() -> None:
-    """Compile and load the kernels, or say why it cannot be used here.
+    """Compile and load the kernels, or say why they cannot be used here.
 
     Raises:
         ValueError: JAX computes on no CPU.

@@ -10,7 +10,7 @@ import test_mlp
 import test_noise
 
 import jrl
-from jrl import dqn
+from jrl import dqn, networks, optim
 from jrl.native import build
 
 
@@ -47,11 +47,18 @@ def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
     assert len(list(afresh.glob("native-*.so"))) == 1
 
 
-@pytest.mark.parametrize("change", [{}, {"distribution": "categorical"}])
-def test_they_are_for_cpus(change, monkeypatch):
+def test_they_are_for_cpus(monkeypatch):
+    """Whatever would be computed by them: a network of one's own leaves Adam."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    env, config = jrl.make("CartPole-v1"), dqn.Config(kernels="native")
+    own = networks.q_network(env, dqn.Config())
+    for network in (None, own):
+        with pytest.raises(ValueError, match="kernels='native' on gpu"):
+            dqn.make(env, config, network=network)
     with pytest.raises(ValueError, match="kernels='native' on gpu"):
-        dqn.make(jrl.make("CartPole-v1"), dqn.Config(kernels="native", **change))
+        optim.adam(1e-3, max_grad_norm=None, kernels="native")
+    with pytest.raises(ValueError, match="kernels='cuda'"):
+        optim.adam(1e-3, max_grad_norm=None, kernels="cuda")
 
 
 def test_every_kernel_has_its_name_in_the_source():
