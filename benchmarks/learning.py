@@ -184,8 +184,7 @@ ROWS = {
         "Breakout-MinAtar",
         MINATAR_STEPS,
         45.0,
-        # The cnn of the other boards had 41.0 here, between 27.3 and 59.4.
-        {**MINATAR, "shared_torso": False, "torso": "mlp", "hidden_sizes": (64, 64)},
+        MINATAR,
         {"learning_rate": 5e-3, "anneal_env_steps": float(MINATAR_STEPS)},
     ),
     **{
