@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import jax
 import pytest
-import test_adam
-import test_categorical
-import test_mlp
-import test_noise
+import test_native_adam
+import test_native_categorical
+import test_native_mlp
+import test_native_noise
 
 import jrl
 from jrl import dqn, networks, optim
 from jrl.native import build
+
+
+@pytest.fixture
+def afresh(tmp_path, monkeypatch):
+    """As in a process that has loaded no kernel, on a machine that has compiled none; gives the cache's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for function in (build.load, build._digest):
+        function.cache_clear()
+    yield tmp_path / "cache" / "jrl"
+    for function in (build.load, build._digest):
+        function.cache_clear()
 
 
 def test_without_a_compiler_the_error_says_what_to_do(afresh, monkeypatch):
@@ -39,11 +50,11 @@ def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
     """As a processor without AVX has them."""
     monkeypatch.setattr(build, "FLAGS", tuple(f for f in build.FLAGS if f != "-march=native"))
     assert build.load().jrl_lanes() == 4
-    test_mlp.test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh", True)
-    test_mlp.test_of_an_input_that_is_nearly_all_zeros_too((67, 150, 12), 49)
-    test_categorical.test_it_is_the_head_of_c51((6, 3, 51))
-    test_adam.test_steps_are_those_of_optax(1.0)
-    test_noise.test_it_is_the_normal_of_jax()
+    test_native_mlp.test_it_equals_the_layers_one_by_one((5, 20, 33, 7, 3), 51, "tanh", True)
+    test_native_mlp.test_of_an_input_that_is_nearly_all_zeros_too((67, 150, 12), 49)
+    test_native_categorical.test_it_is_the_head_of_c51((6, 3, 51))
+    test_native_adam.test_steps_are_those_of_optax(1.0)
+    test_native_noise.test_it_is_the_normal_of_jax()
     assert len(list(afresh.glob("native-*.so"))) == 1
 
 
