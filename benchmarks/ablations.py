@@ -252,13 +252,15 @@ ABLATIONS = {
         80_000,
     ),
     "prioritized": Ablation(
-        "DeepSea, a reward in one of 256 random episodes: how soon is it learned?",
-        "Schaul et al., 2016",
-        lambda: jrl.make("DeepSea-bsuite"),
+        "DeepSea of size 11, a reward in 20,000 random steps: how soon is it learned?",
+        "Schaul et al., 2016, figure 1",
+        lambda: jrl.make("DeepSea-bsuite", size=11),
         {
             label: (
-                DEEP_SEA | {"prioritized": label == "prioritized"},
-                {"epsilon_env_steps": 30_000.0, "anneal_env_steps": 0.0},
+                DEEP_SEA
+                | {"warmup_env_steps": 100_000, "capacity": 150_000, "num_updates": 4}
+                | {"prioritized": label == "prioritized"},
+                RANDOM | {"anneal_env_steps": 0.0, "target_period": 100.0},
             )
             for label in ("plain", "prioritized")
         },
