@@ -229,14 +229,20 @@ def curve_point(env_steps: jax.Array, metrics: jrl.types.Metrics) -> tuple[int, 
     return jrl.ops.counter.to_int(env_steps), returned
 
 
-def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str, Any]:
-    """Train and evaluate ``seeds`` seeds of ``row``, in turn or ``at_once``; return its record."""
+def measure(
+    name: str, row: Row, seeds: int, at_once: bool = False, kernels: str | None = None
+) -> dict[str, Any]:
+    """Train and evaluate ``seeds`` seeds of ``row``, in turn or ``at_once``; return its record.
+
+    ``kernels`` is a field of the algorithm's config, None where it has none: what computes, and no part of the row.
+    """
     # Before the training, in which the clone may move on.
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     commit = head.stdout.strip()
     module = getattr(jrl, row.algorithm)
     env = jrl.make(row.env)
-    algo = module.make(env, module.Config(**row.config))
+    choice = {} if kernels is None else {"kernels": kernels}
+    algo = module.make(env, module.Config(**row.config, **choice))
     hparams = jax.tree.map(np.float32, module.HParams(**row.hparams))
     groups = [list(range(seeds))] if at_once else [[seed] for seed in range(seeds)]
     each = jax.vmap if at_once else lambda function: function
@@ -297,6 +303,7 @@ def measure(name: str, row: Row, seeds: int, at_once: bool = False) -> dict[str,
         **dataclasses.asdict(row),
         "seeds": seeds,
         "at_once": at_once,
+        "kernels": kernels or "xla",
         "eval_episodes": 100,
         "greedy": True,
         "iqm": round(interquartile_mean(finals), 2),
@@ -370,9 +377,7 @@ def main() -> None:
         row = ROWS[name]
         if arguments.env_steps:
             row = row.lasting(arguments.env_steps)
-        if arguments.kernels:
-            row = dataclasses.replace(row, config={**row.config, "kernels": arguments.kernels})
-        record = measure(name, row, arguments.seeds, arguments.at_once)
+        record = measure(name, row, arguments.seeds, arguments.at_once, arguments.kernels)
         path = arguments.out / f"learning-{name}.json"
         text = json.dumps(record, indent=1)
         path.write_text(text + "\n")
