@@ -147,7 +147,6 @@ def annealed_learning_rate(hparams: Any, env_steps: jax.Array) -> jax.Array:
 
 
 def _check(kernels: str) -> None:
-    if kernels not in ("xla", "native"):
-        raise ValueError(f"kernels={kernels!r}: must be 'xla' or 'native'.")
+    build.check(kernels)
     if kernels == "native":
         build.require()

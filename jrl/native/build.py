@@ -38,6 +38,12 @@ NAMES = (
 """Of the kernels; XLA knows them by :func:`target`."""
 
 
+def check(kernels: str) -> None:
+    """Raise ValueError where ``kernels`` is neither ``"xla"`` nor ``"native"``."""
+    if kernels not in ("xla", "native"):
+        raise ValueError(f"kernels={kernels!r}: must be 'xla' or 'native'.")
+
+
 def require() -> None:
     """Compile and load the kernels, or say why they cannot be used here.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jrl.native import build
 from jrl.networks import fused, mlp, native
 from jrl.networks.adapters import as_float, observation_flattener
 from jrl.networks.cnn import CNN
@@ -162,9 +163,7 @@ def check_torso(config: TorsoConfig) -> None:
     """Raise ValueError for a torso that no network can have; for ``Config.__post_init__``."""
     if config.torso not in ("auto", "mlp", "cnn"):
         raise ValueError(f"torso={config.torso!r}: must be 'auto', 'mlp' or 'cnn'.")
-    kernels = getattr(config, "kernels", "xla")
-    if kernels not in ("xla", "native"):
-        raise ValueError(f"kernels={kernels!r}: must be 'xla' or 'native'.")
+    build.check(getattr(config, "kernels", "xla"))
     if config.activation not in ACTIVATIONS:
         raise ValueError(f"activation={config.activation!r}: must be one of {', '.join(ACTIVATIONS)}.")
     for name in ("hidden_sizes", "channels"):
