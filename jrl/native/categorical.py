@@ -72,6 +72,8 @@ def loss(logits: jax.Array, action: jax.Array, target: jax.Array) -> tuple[jax.A
     ``−Σ_k target_k log softmax(logits_a)_k`` as :func:`jrl.ops.categorical_cross_entropy`, and that less the target's
     entropy. Differentiable in reverse mode, once, by the logits alone; no gradient comes from the divergence.
 
+    Source: Bellemare et al. 2017, algorithm 1, https://arxiv.org/abs/1707.06887.
+
     Args:
         logits: ``[N, A, K]``.
         action: integer ``[N]``, in ``0 … A − 1``.

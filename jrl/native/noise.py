@@ -17,8 +17,8 @@ FACTORS = "jrl_noise_factors"
 
 def draws(key: Key) -> bool:
     """Return whether :func:`factors` has a key's bits: those of JAX's default generator in its default layout."""
-    partitionable: bool = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
-    return partitionable and str(jax.random.key_impl(key)) == "threefry2x32"
+    partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
+    return bool(partitionable) and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def factors(key: Key, shape: tuple[int, ...]) -> Array:
