@@ -85,10 +85,10 @@ def trainings() -> dict[str, Training]:
             limit=100.0,
             repeats=MAX_REPEATS,
         ),
-        # Likewise, with its network.
+        # Likewise, clipping values as it does.
         "ppo-breakout-256-seeds": row(
             "ppo-breakout-minatar", 256, goal_seconds=60.0, eval_episodes=8, limit=150.0, repeats=MAX_REPEATS
-        ).change(torso="mlp", hidden_sizes=(64, 64), shared_torso=False),
+        ).change(clip_value=True),
         "dqn-breakout-alone": Training(
             "dqn",
             "Breakout-MinAtar",

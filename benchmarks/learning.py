@@ -184,7 +184,13 @@ ROWS = {
         "Breakout-MinAtar",
         MINATAR_STEPS,
         45.0,
-        MINATAR,
+        {
+            **MINATAR,
+            "hidden_sizes": (64, 64),
+            "torso": "mlp",
+            "shared_torso": False,
+            "clip_value": False,  # a trial of one seed had 81 so, 17 with clipping
+        },
         {"learning_rate": 5e-3, "anneal_env_steps": float(MINATAR_STEPS)},
     ),
     **{
