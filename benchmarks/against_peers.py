@@ -9,7 +9,7 @@
         --activation relu --learning-rate 5e-3 --env-steps 1048576
     python benchmarks/against_peers.py purejaxrl-ppo ... --compile
     python benchmarks/against_peers.py purejaxrl-dqn ... --memory
-    python benchmarks/against_peers.py purejaxrl-ppo ... --kernels native
+    python benchmarks/against_peers.py purejaxrl-ppo ... --kernels native --compiler quick
     python benchmarks/against_peers.py --table
 
 The other library is imported by an interpreter that has it (PyPI: rejax, stable-baselines3, sbx-rl) or that has
@@ -73,10 +73,11 @@ def make_jobs(
         ours["NPROC"] = str(threads)
     elif work.devices > 1:
         ours.pop("NPROC", None)  # more devices may need more threads than were pinned
-    if work.devices > 1:
-        from jrl import xla
+    from jrl import xla
 
+    if work.devices > 1:
         xla.configure(ours, num_devices=work.devices, vmapped=work.seeds > 1)
+    xla.configure(ours, vmapped=False, quick_compile=work.compiler == "quick")
     plain = dataclasses.asdict(work)
     return {
         "jrl": Job(sys.executable, ours, "ours", peer.algorithm, plain),
@@ -314,7 +315,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def newest(peer: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the last record of ``peer`` in the results whose work is ``wanted``, None without any."""
-    wanted = {"seeds": 1, "devices": 1, "prng": "threefry", "kernels": "xla", **wanted}
+    wanted = {"seeds": 1, "devices": 1, "prng": "threefry", "kernels": "xla", "compiler": "full", **wanted}
     found = None
     for line in (throughput.RESULTS / f"peers-{peer}.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -41,8 +41,12 @@ usage: jrl COMMAND ...
   doctor                     versions, devices and settings, and what is wrong with them
 
 `jrl COMMAND --help` says more. --debug (or JRL_DEBUG=1) shows tracebacks; --version the version.
+--quick-compile compiles in about half the time, for short runs on a CPU, best with --kernels native.
 JRL_COMPILATION_CACHE=off switches off the cache of compiled programs, =FOLDER moves it.
 """
+
+QUICK = "--quick-compile"
+"""Of every command, since it has to be known before jax is imported (:func:`jrl.xla.configure`)."""
 
 BENCH_HELP = """\
 usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] [--json FILE] [--plot FILE] [...]
@@ -64,13 +68,13 @@ usage: jrl bench WHAT [WHAT ...] [--algo ppo|dqn] [--env ID] [--num-envs N ...] 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; errors of input become one line on standard error."""
     args = list(sys.argv[1:] if argv is None else argv)
-    _configure_devices(args, os.environ)
+    _configure(args, os.environ)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # γ and ± must not end a run on an ASCII terminal
     enable_compilation_cache(os.environ)
     debug = "--debug" in args or os.environ.get("JRL_DEBUG", "0") not in ("", "0")
-    args = [arg for arg in args if arg != "--debug"]
+    args = [arg for arg in args if arg not in ("--debug", QUICK)]
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -111,19 +115,23 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-def _configure_devices(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
-    """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise."""
+def _configure(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
+    """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise.
+
+    What goes on with a run compiles as the run did.
+    """
+    quick = QUICK in args or any(records.compiled_quickly(Path(arg)) for arg in args[1:])
     sweeps = bool(args) and args[0] in ("sweep", "plan")
     sweeps |= bool(args) and args[0] == "resume" and any(_is_sweep(Path(arg)) for arg in args[1:])
     if not sweeps:
-        xla.configure(environ)
+        xla.configure(environ, quick_compile=quick)
         return
     num_devices = 1 if "--distributed" in args else xla.cores()
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, _, joined = flag.partition("=")
         if name == "--devices" and (text := joined or value).isdecimal() and int(text) > 0:
             num_devices = int(text)
-    xla.configure(environ, num_devices=num_devices, vmapped=False)
+    xla.configure(environ, num_devices=num_devices, vmapped=False, quick_compile=quick)
 
 
 def _is_sweep(path: Path) -> bool:

@@ -22,6 +22,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["compiler"] = "quick" if xla.compiles_quickly() else "full"
     return found
 
 

@@ -251,7 +251,7 @@ def resume_run(
         )
     with records.locked(folder):
         setup, task = build(record)
-        _warn_of_other_versions(record)
+        warn_of_other_versions(record)
         if loggers is None:
             loggers = [loggers_.build(spec, folder) for spec in record["loggers"]]
         start = restore(folder, setup)
@@ -447,14 +447,14 @@ def _warn_of_zero_step_size(setup: Setup, env_steps: int) -> None:
         )
 
 
-def _warn_of_other_versions(record: Mapping[str, Any]) -> None:
+def warn_of_other_versions(record: Mapping[str, Any]) -> None:
+    """Warn of what goes on with other versions than ``run.json`` or ``sweep.json`` says it began with."""
     now = doctor.versions()
-    changed = [
-        f"{name} {old} -> {now.get(name)}" for name, old in record["versions"].items() if now.get(name) != old
-    ]
+    before = {"compiler": "full", **record["versions"]}  # older records have none
+    changed = [f"{name} {old} -> {now.get(name)}" for name, old in before.items() if now.get(name) != old]
     if changed:
         warnings.warn(
-            f"the run was started with other versions ({', '.join(changed)}): it goes on, but not bit for "
+            f"this was started with other versions ({', '.join(changed)}): it goes on, but not bit for "
             "bit as it would have.",
             RunWarning,
             stacklevel=3,

@@ -48,7 +48,10 @@ class Trained(NamedTuple):
 
 def compile_chunk(setup: Setup, seed: int, length: int, start: Start | None) -> Compiled:
     """Compile a chunk of at most ``length`` steps; initialise the state where there is no ``start``."""
-    algo, hparams = setup.algo, setup.hparams
+    # jitted here: then each is traced once, for its shapes and for its program
+    init = jax.jit(setup.algo.init)
+    algo = setup.algo._replace(init=init, step=jax.jit(setup.algo.step))
+    hparams = setup.hparams
     began = time.perf_counter()
     init_key = jax.random.fold_in(jax.random.key(seed), INIT)
     state_shape = jax.eval_shape(algo.init, init_key, hparams)
@@ -71,9 +74,9 @@ def compile_chunk(setup: Setup, seed: int, length: int, start: Start | None) -> 
 
     compiled = jax.jit(chunk, donate_argnums=0).lower(state_shape, hparams, jnp.int32(0)).compile()
     if start is None:
-        init = jax.jit(algo.init).lower(init_key, hparams).compile()
+        start_state = init.lower(init_key, hparams).compile()
         seconds = time.perf_counter() - began
-        state = init(init_key, hparams)
+        state = start_state(init_key, hparams)
         taken = counter.to_int(state.env_steps) if hasattr(state, "env_steps") else 0
         start = Start(state, 0, taken, 0.0)
     else:

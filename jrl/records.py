@@ -145,11 +145,25 @@ def read_groups(folder: str | os.PathLike) -> dict[str, Any]:
 
 def environment_name(folder: Path) -> str | None:
     """Return what a run, a sweep or the sweeps in a folder were trained on; None where nothing says."""
+    record = _record_of_training(folder)
+    return None if record is None else record["environment"]["name"]
+
+
+def compiled_quickly(folder: Path) -> bool:
+    """Tell whether a run, a sweep or the sweeps in a folder were begun with ``--quick-compile``."""
+    try:
+        record = _record_of_training(folder)
+    except (RunError, OSError):
+        return False  # no folder, or one of which the command that reads it says what is wrong
+    return record is not None and record["versions"].get("compiler") == "quick"
+
+
+def _record_of_training(folder: Path) -> dict[str, Any] | None:
     for name, read in ((RUN, read_run), (SWEEP, read_sweep)):
         if (folder / name).exists():
-            return read(folder)["environment"]["name"]
+            return read(folder)
     inner = folder.glob(f"*/{SWEEP}") if (folder / GROUPS).exists() else ()
-    return next((environment_name(path.parent) for path in inner), None)
+    return next((read_sweep(path.parent) for path in inner), None)
 
 
 def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_nothing_is_compiled_twice():
 
     algo = counted(ENV, fake.Config())
     driver.run(algo, ENV, hparams=fake.HParams(), env_steps=8 * 997, eval_episodes=0, progress="none")
-    assert len(traces) == 2  # one to know the metrics, one to compile: none for the shorter last chunk
+    assert len(traces) == 1  # to know the metrics and to compile; none for the shorter last chunk
 
 
 def test_checkpoints_are_written_on_the_way_and_the_newest_kept(tmp_path):
@@ -322,8 +322,14 @@ def test_another_version_is_told(tmp_path):
     records.write_json(out / "run.json", record)
     with pytest.warns(RunWarning, match=rf"other versions \(jax 0\.1 -> {jax.__version__}\)"):
         resume(out)
+    record["versions"] |= {"jax": jax.__version__, "compiler": "quick"}
+    records.write_json(out / "run.json", record)
+    with pytest.warns(RunWarning, match=r"other versions \(compiler quick -> full\)"):
+        resume(out)
+    del record["versions"]["compiler"]  # of a run from before there was a choice
+    records.write_json(out / "run.json", record)
+    resume(out)
     record["hparams"]["new"] = 1.0
-    record["versions"]["jax"] = jax.__version__
     records.write_json(out / "run.json", record)
     with pytest.raises(RunError, match=r"hyperparameters in run\.json are not those of this version: new"):
         resume(out)

@@ -142,3 +142,15 @@ def test_ctrl_c_on_a_terminal_saves_and_resume_ends_in_the_same_bits(tmp_path):
     whole = tmp_path / "whole"
     jrl.run("dqn", "CartPole-v1", config=DQN, env_steps=total, out=whole, eval_episodes=2, progress="none")
     assert final_bits(out) == final_bits(whole)
+
+
+def test_what_goes_on_with_a_run_compiles_as_the_run_did(tmp_path):
+    out = tmp_path / "run"
+    args = ["train", "ppo", "--env", "CartPole-v1", *as_flags(PPO), "--eval-episodes", "2", "--out", out]
+    for command in ([*args, "--env-steps", "64", "--quick-compile"], ["resume", out, "--env-steps", "128"]):
+        process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert "warning" not in errors
+        assert json.loads((out / "summary.json").read_text())["versions"]["compiler"] == "quick"
+    assert records.read_run(out)["versions"]["compiler"] == "quick"

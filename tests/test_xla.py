@@ -1,5 +1,9 @@
+import os
 import re
+import subprocess
+import sys
 
+import fake_algorithm as fake
 import pytest
 
 from jrl import xla
@@ -104,3 +108,53 @@ def test_the_suite_itself_runs_under_safe_settings():
 
 def test_the_cores_of_this_machine():
     assert xla.cores() >= 1
+
+
+def test_quick_compile_adds_its_flags_once_and_leaves_those_of_the_user(machine):
+    machine("0.11.2", 3)
+    environ = {}
+    xla.configure(environ)
+    assert not xla.compiles_quickly(environ)
+    xla.configure(environ, num_devices=2, quick_compile=True)
+    assert xla.compiles_quickly(environ)
+    assert environ["XLA_FLAGS"].split() == [
+        "--xla_force_host_platform_device_count=2",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_backend_optimization_level=1",
+        "--xla_cpu_parallel_codegen_split_count=3",
+    ]
+    before = dict(environ)
+    xla.configure(environ, num_devices=2, quick_compile=True)
+    assert sorted(environ["XLA_FLAGS"].split()) == sorted(before["XLA_FLAGS"].split())
+    environ = {"XLA_FLAGS": "--xla_backend_extra_options=a,b=c --xla_backend_optimization_level=2"}
+    xla.configure(environ, quick_compile=True)
+    assert environ["XLA_FLAGS"].split() == [
+        "--xla_backend_optimization_level=2",
+        "--xla_backend_extra_options=a,b=c,xla_cpu_disable_new_fusion_emitters",
+        "--xla_cpu_parallel_codegen_split_count=3",
+    ]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_compiler_does_as_quick_compile_says(tmp_path, quick):
+    """So that another jaxlib cannot leave the flags without effect: only the older emitters make elemental kernels."""
+    code = f"""
+import os
+from jrl import xla
+xla.configure(quick_compile={quick})
+import jax, jax.numpy as jnp
+assert jax.jit(lambda x: jnp.sin(x) * 2 + x.sum())(jnp.ones(1000)).shape == (1000,)
+"""
+    environ = {
+        **fake.environ(),
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = [name for name in os.listdir(tmp_path) if name.endswith("_kernel_module.o")]
+    assert compiled
+    assert any("elemental_kernel_module" in name for name in compiled) == quick

@@ -65,12 +65,16 @@ class Work:
     """jrl's generator, or hashed; the other side has JAX's own."""
     kernels: str = "xla"
     """What computes jrl's network, xla or native; the other side has XLA."""
+    compiler: str = "full"
+    """How XLA compiles jrl's program, full or quick; the other side's is compiled as by default."""
     num_microbatches: int = 1
     """Parts of a minibatch of jrl's PPO, one after the other; the other side has it in one."""
 
     def __post_init__(self) -> None:
         if self.prng not in ("threefry", "hashed"):
             raise ValueError(f"prng={self.prng!r}: expected threefry or hashed.")
+        if self.compiler not in ("full", "quick"):
+            raise ValueError(f"compiler={self.compiler!r}: expected full or quick.")
         if not self.target_period:
             object.__setattr__(self, "target_period", self.num_envs * max(1, 500 // self.num_envs))
 

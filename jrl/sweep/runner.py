@@ -293,6 +293,7 @@ def resume(
     """
     folder = Path(path)
     record = records.read_sweep(folder)
+    driver.warn_of_other_versions(record)
     setup = configuration.from_json(record, algorithm=algorithm, env=env)
     who = members_of(record, setup)
     search: Halving | PBT | None = None if record["halving"] is None else Halving(**record["halving"])

@@ -20,7 +20,7 @@ from fake_algorithm import Ranked
 
 import jrl
 from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
-from jrl.records import RunError
+from jrl.records import RunError, RunWarning
 from jrl.sweep import groups, planning
 
 pytestmark = pytest.mark.optimized  # bits of different programs, and memory
@@ -317,9 +317,13 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits_with_other_devices(refere
     assert [row["env_steps"] for row in records.read_metrics(out)] == [
         row["env_steps"] for row in records.read_metrics(reference.out)
     ]
-    again = sweep.resume(
-        out, algorithm=fake, env=ENV, progress="none", figures=False, devices=jax.devices()[:1]
-    )
+    record = json.loads((out / "sweep.json").read_text())
+    record["versions"]["compiler"] = "quick"
+    records.write_json(out / "sweep.json", record)
+    with pytest.warns(RunWarning, match=r"other versions \(compiler quick -> full\)"):
+        again = sweep.resume(
+            out, algorithm=fake, env=ENV, progress="none", figures=False, devices=jax.devices()[:1]
+        )
     assert bits(again) == bits(reference)
 
 
