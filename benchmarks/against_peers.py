@@ -329,7 +329,10 @@ def newest(peer: str, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
 def table() -> str:
     """Return the README's table of ratios, by the newest record of each row: with XLA's products, with our own, and so
     compiled quickly."""
-    lines = ["| Work | Library | Ratio | `--kernels native` | and `--quick-compile` |", "|---|---|---:|---:|---:|"]
+    lines = [
+        "| Work | Library | Ratio | `--kernels native` | and `--quick-compile` |",
+        "|---|---|---:|---:|---:|",
+    ]
     for work, library, peer, wanted in ROWS:
         cells = []
         for kernels, compiler in (("xla", "full"), ("native", "full"), ("native", "quick")):
