@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jrl
+from jrl import xla
 from jrl.language.rewards import Text
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -360,7 +361,10 @@ def test_two_devices_get_the_pool_that_they_need(fake_clone, monkeypatch):
     monkeypatch.setenv("NPROC", "1")  # as pinned to one core
     monkeypatch.setattr("jrl.xla._jaxlib", lambda: (0, 10))
     monkeypatch.setattr("jrl.xla.cores", lambda: 2)
-    work = peers.Work(**TOY_PPO, seeds=2, devices=2)
+    one_by_one = peers.Work(**TOY_PPO, seeds=2, devices=2)
+    jobs = against_peers.make_jobs("purejaxrl-ppo", one_by_one, fake_clone, "python")
+    assert "NPROC" not in jobs["jrl"].environ  # the cores there are, as in jrl sweep
+    work = dataclasses.replace(one_by_one, at_once=2)
     jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python")
     assert "--xla_force_host_platform_device_count=2" in jobs["jrl"].environ["XLA_FLAGS"]
     assert int(jobs["jrl"].environ["NPROC"]) >= 4
@@ -369,6 +373,15 @@ def test_two_devices_get_the_pool_that_they_need(fake_clone, monkeypatch):
     jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python", 7, 8)
     assert jobs["jrl"].environ["NPROC"] == "7"
     assert jobs["peer"].environ["NPROC"] == "8"
+
+
+def test_only_our_side_is_compiled_quickly(fake_clone):
+    work = peers.Work(**TOY_PPO, compiler="quick")
+    jobs = against_peers.make_jobs("purejaxrl-ppo", work, fake_clone, "python")
+    assert xla.compiles_quickly(jobs["jrl"].environ)
+    assert not xla.compiles_quickly(jobs["peer"].environ)
+    with pytest.raises(ValueError, match=r"compiler='fast': expected full or quick"):
+        peers.Work(compiler="fast")
 
 
 def test_returns_of_zero_or_none_have_a_spread():
