@@ -41,7 +41,7 @@ usage: jrl COMMAND ...
   doctor                     versions, devices and settings, and what is wrong with them
 
 `jrl COMMAND --help` says more. --debug (or JRL_DEBUG=1) shows tracebacks; --version the version.
---quick-compile compiles in about half the time, for short runs on a CPU, best with --kernels native.
+--quick-compile compiles in about half the processor time, for short runs on a CPU, best with --kernels native.
 JRL_COMPILATION_CACHE=off switches off the cache of compiled programs, =FOLDER moves it.
 """
 

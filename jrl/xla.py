@@ -37,10 +37,11 @@ def configure(
         vmapped: whether members will be vmapped. One run sharded over the devices (:mod:`jrl.parallel`) cannot
             hang so, nor can a sweep of members one by one (:mod:`jrl.sweep`), and with more threads than cores
             both take up to half as long again.
-        quick_compile: compile programs for a CPU in about half the time, for runs of seconds or a few minutes: with
-            fewer of LLVM's optimisations and XLA's older emitters of fusions. Where networks have ``kernels="native"``
-            PPO and DQN were as fast so, and on CartPole had the same bits; what XLA computes itself is slower, up to
-            twice, and differs by rounding. A run's record has it among the versions, as ``compiler``.
+        quick_compile: compile programs for a CPU in about half the processor time, for runs of seconds or a few
+            minutes: with fewer of LLVM's optimisations and XLA's older emitters of fusions. Where networks have
+            ``kernels="native"`` PPO and DQN were as fast so, and on CartPole had the same bits; what XLA computes
+            itself is slower, up to twice, and differs by rounding. A run's record has it among the versions, as
+            ``compiler``.
     """
     if num_devices is not None:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environ.get("XLA_FLAGS", ""))
