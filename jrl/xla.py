@@ -38,10 +38,9 @@ def configure(
             hang so, nor can a sweep of members one by one (:mod:`jrl.sweep`), and with more threads than cores
             both take up to half as long again.
         quick_compile: compile programs for a CPU in about half the processor time, for runs of seconds or a few
-            minutes: with fewer of LLVM's optimisations and XLA's older emitters of fusions. Where networks have
-            ``kernels="native"`` PPO and DQN were as fast so, and on CartPole had the same bits; what XLA computes
-            itself is slower, up to twice, and differs by rounding. A run's record has it among the versions, as
-            ``compiler``.
+            minutes: with fewer of LLVM's optimisations and XLA's older emitters of fusions. It suits networks
+            with ``kernels="native"``; those that XLA computes run slower so, and results may differ by rounding. A
+            run's record has it among the versions, as ``compiler``.
     """
     if num_devices is not None:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environ.get("XLA_FLAGS", ""))
@@ -64,7 +63,7 @@ def _with_quick_flags(given: str) -> str:
     flags = given.split()
     options = [flag.removeprefix(extra) for flag in flags if flag.startswith(extra)]
     flags = [flag for flag in flags if not flag.startswith(extra)]
-    flags.append(extra + ",".join([*options[-1:], _OLDER_EMITTERS]))  # XLA takes the last of several
+    flags.append(extra + ",".join([*options, _OLDER_EMITTERS]))
     # A program is divided into so many modules of LLVM, each of which takes its time.
     for flag, value in (("backend_optimization_level", 1), ("cpu_parallel_codegen_split_count", cores())):
         if not any(other.startswith(f"--xla_{flag}=") for other in flags):
