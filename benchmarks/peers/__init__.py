@@ -67,6 +67,8 @@ class Work:
     """What computes jrl's network, xla or native; the other side has XLA."""
     compiler: str = "full"
     """How XLA compiles jrl's program, full or quick; the other side's is compiled as by default."""
+    replay_dtype: str = "same"
+    """What jrl's replay keeps observations in, see dqn.Config; the other side's are float32."""
     num_microbatches: int = 1
     """Parts of a minibatch of jrl's PPO, one after the other; the other side has it in one."""
 

@@ -122,6 +122,7 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
             batch_size=work.batch_size,
             capacity=work.capacity,
             warmup_env_steps=work.warmup_env_steps,
+            replay_dtype=work.replay_dtype,
             double=False,
             layer_norm=False,
             **shared,

@@ -64,6 +64,9 @@ class Config:
     """Steps between two time limits that cut episodes of one environment, at least. The replay keeps each observation
     once, and in so many steps room for one more, where a cut episode had come to; of two cuts within fewer steps one
     is not learned from. With 1 all are, at twice the memory for observations."""
+    replay_dtype: str = "same"
+    """What the replay keeps floats of observations in: 'same', as they are; 'float16', half the memory, rounded to 11
+    bits and at most 65,504; or 'bfloat16', as small, 8 bits of any size."""
     warmup_env_steps: int = 10_000
     """Environment steps taken with random actions before the first update, within init."""
     n_step: int = 1

@@ -26,6 +26,8 @@ from jrl.types import (
     PyTree,
 )
 
+REPLAY_DTYPES = ("same", "float16", "bfloat16")
+
 
 class ReplayConfig(Protocol):
     """The fields of a Config that describe a replay and how it is filled."""
@@ -51,6 +53,10 @@ class ReplayConfig(Protocol):
         """Steps that share room for what a truncated step led to, see :mod:`jrl.replay.uniform`."""
 
     @property
+    def replay_dtype(self) -> str:
+        """What floats of observations are kept in, one of :data:`REPLAY_DTYPES`."""
+
+    @property
     def warmup_env_steps(self) -> int:
         """Environment steps taken before the first update."""
 
@@ -60,8 +66,9 @@ def check_replay(config: ReplayConfig) -> None:
 
     Raises:
         TypeError: a size is no integer.
-        ValueError: a size is below 1, or the capacity is below the batch or the warm-up.
+        ValueError: a size is below 1, the capacity is below the batch or the warm-up, or the dtype is none of those.
     """
+    checks.choice(config, "replay_dtype", REPLAY_DTYPES)
     checks.sizes(
         config,
         *("num_envs", "unroll_length", "batch_size", "capacity", "truncation_gap", "warmup_env_steps"),
@@ -125,7 +132,8 @@ def warm_up(
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), block)
     one = one._replace(action=jax.ShapeDtypeStruct(one.action.shape, stored_dtype(env.action)))
     rows = replay.num_rows(config.capacity, config.num_envs, config.unroll_length)
-    empty = buffer.init(one, rows, config.num_envs, config.truncation_gap)
+    obs_dtype = None if config.replay_dtype == "same" else config.replay_dtype
+    empty = buffer.init(one, rows, config.num_envs, config.truncation_gap, obs_dtype=obs_dtype)
     keys = jax.random.split(key, warmup_env_steps(config) // (config.num_envs * config.unroll_length))
     (start, memory), _ = jax.lax.scan(fill, (start, empty), keys)
     return start, memory

@@ -59,6 +59,8 @@ class Config:
     """Transitions the replay holds (rounded up to whole blocks of num_envs × unroll_length)."""
     truncation_gap: int = 16
     """Steps between two time limits that cut episodes of one environment, at least; see dqn."""
+    replay_dtype: str = "same"
+    """What the replay keeps floats of observations in: 'same', 'float16' or 'bfloat16'; see dqn."""
     warmup_env_steps: int = 5_000
     """Environment steps taken with random actions before the first update, within init."""
     n_step: int = 3

@@ -55,6 +55,8 @@ class Config:
     truncation_gap: int = 16
     """Steps between two time limits that cut episodes of one environment, at least; of two cuts within fewer steps
     one is not learned from. With 1 all are, at twice the memory for observations."""
+    replay_dtype: str = "same"
+    """What the replay keeps floats of observations in: 'same', 'float16' or 'bfloat16'; see dqn."""
     warmup_env_steps: int = 2_000
     """Environment steps taken with random actions before the first update, within init."""
     learn_temperature: bool = True

@@ -1,7 +1,8 @@
 """A transition as one row of 32-bit words, so that a batch is one gather whatever the transition is made of.
 
 On a replay larger than the processor's caches each item drawn costs about one cache miss an array read; six
-arrays would cost six. Rows hold the bits, not the values: reading gives back exactly what was written.
+arrays would cost six. Rows hold the bits, not the values: reading gives back exactly what was written, unless the
+layout keeps floats in fewer bits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ class Layout(NamedTuple):
     """Where the leaves of one tree lie in a row; static and hashable.
 
     Leaves of 32 and 64 bits come first, each in words of its own, then narrower ones (bool, uint8, bfloat16)
-    byte by byte, filled up to a whole word.
+    byte by byte, filled up to a whole word. A row holds ``dtypes``; read, a leaf has its own of ``given`` again.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
+    given: tuple[np.dtype, ...]
 
     @property
     def words(self) -> int:
@@ -45,7 +47,7 @@ class Layout(NamedTuple):
         words, narrow = [], []
         leaves = self.treedef.flatten_up_to(tree)
         for leaf, dtype in zip(leaves, self.dtypes, strict=True):
-            flat = leaf.astype(dtype).reshape(leaf.shape[0], -1)
+            flat = _kept(leaf, dtype).reshape(leaf.shape[0], -1)
             if dtype.itemsize >= WORD:
                 words.append(_bits(flat, jnp.uint32))
             else:
@@ -75,11 +77,17 @@ class Layout(NamedTuple):
             per_item = dtype.itemsize // flat.dtype.itemsize
             flat = flat.reshape(count, -1, per_item) if per_item > 1 else flat
             leaves.append(jax.lax.bitcast_convert_type(flat, dtype).reshape(count, *shape))
+        leaves = [leaf.astype(dtype) for leaf, dtype in zip(leaves, self.given, strict=True)]
         return self.treedef.unflatten(leaves)
 
 
-def layout(spec: PyTree) -> Layout:
+def layout(spec: PyTree, float_dtype: Any = None) -> Layout:
     """Return the layout of a tree whose leaves have the ``shape`` and ``dtype`` of one item.
+
+    Args:
+        spec: the tree.
+        float_dtype: what floats of more bits are kept in, rounded to the nearest and at most its largest one; None
+            keeps them as they are.
 
     Raises:
         TypeError: a leaf's dtype is not a bool, an integer or a float of 8 to 64 bits.
@@ -91,9 +99,23 @@ def layout(spec: PyTree) -> Layout:
                 f"a transition with a leaf of dtype {leaf.dtype} cannot be kept in a replay, which holds bool, integer "
                 "and float leaves of 8 to 64 bits: convert it in the environment, or store jax.random.key_data of keys."
             )
-    return Layout(
-        treedef, tuple(tuple(leaf.shape) for leaf in leaves), tuple(jnp.dtype(leaf.dtype) for leaf in leaves)
-    )
+    given = tuple(jnp.dtype(leaf.dtype) for leaf in leaves)
+    kept = tuple(_narrower(dtype, float_dtype) for dtype in given)
+    return Layout(treedef, tuple(tuple(leaf.shape) for leaf in leaves), kept, given)
+
+
+def _narrower(dtype: np.dtype, float_dtype: Any) -> np.dtype:
+    if float_dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return min(dtype, jnp.dtype(float_dtype), key=lambda one: one.itemsize)
+
+
+def _kept(leaf: Array, dtype: np.dtype) -> Array:
+    """Return ``leaf`` as ``dtype``; what is too large for a narrower float becomes its largest, and not infinite."""
+    if jnp.issubdtype(dtype, jnp.floating) and leaf.dtype.itemsize > dtype.itemsize:
+        most = jnp.finfo(dtype).max.astype(leaf.dtype)
+        leaf = jnp.where(jnp.isfinite(leaf), jnp.clip(leaf, -most, most), leaf)
+    return leaf.astype(dtype)
 
 
 def _is_bool(dtype: Any) -> bool:

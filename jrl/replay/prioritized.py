@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -18,10 +18,14 @@ class PrioritizedState(NamedTuple):
     max_priority: Array
 
 
-def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> PrioritizedState:
+def init(
+    spec: Transition, rows: int, num_envs: int, gap: int = 1, *, obs_dtype: Any = None
+) -> PrioritizedState:
     """Return an empty ring, see :func:`jrl.replay.uniform.init`."""
     return PrioritizedState(
-        uniform.init(spec, rows, num_envs, gap), sum_tree.init((rows + 1) * num_envs), jnp.float32(1.0)
+        ring=uniform.init(spec, rows, num_envs, gap, obs_dtype=obs_dtype),
+        tree=sum_tree.init((rows + 1) * num_envs),
+        max_priority=jnp.float32(1.0),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Buffer(NamedTuple):
 
 
 def buffer(block_length: int, sequence_length: int) -> Buffer:
-    """Return ``init(spec, rows, num_envs, gap)`` and ``add(state, transitions)`` for sequences of this length."""
+    """Return ``init(spec, rows, num_envs, gap, obs_dtype=)`` and ``add(state, transitions)`` for such sequences."""
     return Buffer(
         functools.partial(init, block_length=block_length, sequence_length=sequence_length),
         functools.partial(add),
@@ -86,7 +86,14 @@ def buffer(block_length: int, sequence_length: int) -> Buffer:
 
 
 def init(
-    spec: Transition, rows: int, num_envs: int, gap: int = 1, *, block_length: int, sequence_length: int
+    spec: Transition,
+    rows: int,
+    num_envs: int,
+    gap: int = 1,
+    *,
+    block_length: int,
+    sequence_length: int,
+    obs_dtype: Any = None,
 ) -> SequenceState:
     """Return an empty replay.
 
@@ -97,6 +104,7 @@ def init(
         gap: see :func:`jrl.replay.uniform.init`.
         block_length: ``T``, steps that every ``add`` writes.
         sequence_length: ``S``.
+        obs_dtype: see :func:`jrl.replay.uniform.init`.
 
     Raises:
         ValueError: ``rows`` is no multiple of ``block_length``, or holds no sequence beside the block under way.
@@ -109,7 +117,7 @@ def init(
             f"must be a multiple of {block_length}, at least {(span + 1) * block_length}; raise the capacity."
         )
     return SequenceState(
-        ring=uniform.init(spec._replace(extras=()), rows, num_envs, gap),
+        ring=uniform.init(spec._replace(extras=()), rows, num_envs, gap, obs_dtype=obs_dtype),
         memory=jax.tree.map(lambda leaf: jnp.zeros((blocks, num_envs, *leaf.shape), leaf.dtype), spec.extras),
         tree=sum_tree.init(blocks * num_envs),
         max_priority=jnp.float32(1.0),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def num_rows(capacity: int, num_envs: int, block_length: int) -> int:
     return -(-(capacity + num_envs) // block) * block_length
 
 
-def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> UniformState:
+def init(spec: Transition, rows: int, num_envs: int, gap: int = 1, *, obs_dtype: Any = None) -> UniformState:
     """Return an empty ring.
 
     Args:
@@ -103,6 +103,8 @@ def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> UniformSta
         num_envs: ``B``.
         gap: steps of an environment that share a slot for what a truncated step led to; 1 is exact whatever
             comes, and needs twice the memory for observations.
+        obs_dtype: what floats of ``obs`` are kept in, where that takes fewer bits; read, they have their own dtype
+            again, rounded. None keeps them exactly.
 
     Raises:
         TypeError: a leaf is neither a bool, an integer nor a float of 8 to 64 bits.
@@ -115,7 +117,11 @@ def init(spec: Transition, rows: int, num_envs: int, gap: int = 1) -> UniformSta
     if gap < 1:
         raise ValueError(f"a replay with gap={gap}: a slot is shared by at least 1 step.")
     layout = Layout(
-        packing.layout(spec._replace(obs=(), next_obs=())), packing.layout(spec.obs), rows, num_envs, gap
+        step=packing.layout(spec._replace(obs=(), next_obs=())),
+        obs=packing.layout(spec.obs, obs_dtype),
+        rows=rows,
+        num_envs=num_envs,
+        gap=gap,
     )
     items = (rows + 1 + -(-rows // gap)) * num_envs
     return UniformState(jnp.zeros((items, layout.words), jnp.uint32), jnp.int32(0), jnp.int32(0), layout)

@@ -106,6 +106,8 @@ def test_sizes_that_do_not_fit_each_other():
         dqn.Config(capacity=100)
     with pytest.raises(ValueError, match="warmup_env_steps=10000 exceeds capacity=5000"):
         dqn.Config(capacity=5000)
+    with pytest.raises(ValueError, match="replay_dtype='half': must be one of same, float16, bfloat16"):
+        dqn.Config(replay_dtype="half")
 
 
 def test_tokens_are_not_normalised():

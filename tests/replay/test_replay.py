@@ -154,6 +154,30 @@ def test_observations_are_kept_once_and_narrow_leaves_share_words():
     assert state.storage.shape == ((32 + 1 + 2) * 2, 1 + 1 + 2)
 
 
+@pytest.mark.parametrize(("kept", "bits", "largest"), [("float16", 11, 65_504.0), ("bfloat16", 8, 3.39e38)])
+def test_floats_of_observations_can_be_kept_in_half_the_memory(kept, bits, largest):
+    """Rounded to the nearest, large ones to the largest; integers, NaN and infinities as they are."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 2, 6)).astype(np.float32)
+    values[0, 0] = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 0.0]
+    obs = {"x": jnp.asarray(values), "count": jnp.full((4, 2), 70_000, jnp.int32)}
+    transitions = stream(4, 2)._replace(obs=obs, next_obs=obs)
+    whole = replay.uniform.init(spec(transitions), 4, 2)
+    state = replay.uniform.init(spec(transitions), 4, 2, obs_dtype=kept)
+    assert state.storage.shape[1] == whole.storage.shape[1] - 3  # three words for six numbers
+    read = replay.uniform.read(replay.uniform.add(state, transitions), jnp.arange(8))
+    assert jax.tree.map(lambda leaf: leaf.dtype, read) == jax.tree.map(lambda leaf: leaf.dtype, transitions)
+    got = np.asarray(read.obs["x"])
+    np.testing.assert_array_equal(got[0, :3], values[0, 0, :3])
+    np.testing.assert_allclose(got[0, 3:], [largest, -largest, 0.0], rtol=1e-2)
+    assert np.isfinite(got[0, 3:]).all()
+    error = np.abs(got[1:] - values.reshape(8, 6)[1:])
+    assert 0.0 < error.max()
+    np.testing.assert_array_less(error, np.abs(values.reshape(8, 6)[1:]) * 2.0**-bits + 1e-7)
+    np.testing.assert_array_equal(read.obs["count"], 70_000)
+    np.testing.assert_array_equal(read.reward, transitions.reward.reshape(-1))
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "int4", "key<fry>"])
 def test_leaves_that_are_no_numbers_are_refused(dtype):
     leaf = jax.random.key(0) if dtype == "key<fry>" else jnp.zeros((), dtype)
