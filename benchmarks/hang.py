@@ -3,14 +3,16 @@
     python benchmarks/hang.py --runs 10
 
 Starts fresh processes, each of which compiles and runs eight vmapped PPO members several times, under XLA's
-defaults and under ``jrl.xla.configure``. One that has not finished within the limit and computes nothing for
+defaults and under ``jrl.xla.configure``, with one device and with two. One that has not finished within the limit and computes nothing for
 some seconds has hung; one that still computes is given longer. Appends one JSON line a process to
-``benchmarks/results/hang.jsonl``. Linux only: it reads a process's CPU time from ``/proc``.
+``benchmarks/results/hang.jsonl``; those without a commit are of the time when members were initialised by a
+batch of QR factorisations, which jrl's networks no longer have (:func:`jrl.networks.mlp.orthogonal`). Linux only: it reads a process's CPU time from ``/proc``.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -19,9 +21,11 @@ import time
 from pathlib import Path
 
 from jrl import xla
+from jrl.bench.recording import commit
 from jrl.trial import hangs
 
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = ["default", "configured", "two devices", "two devices, configured"]
 
 PROGRAM = """
 import jax, jrl
@@ -46,6 +50,8 @@ def environment(setting: str) -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if name not in ("NPROC", "XLA_FLAGS")}
     if setting == "two devices, configured":
         xla.configure(environ, num_devices=2)
+    elif setting == "two devices":
+        xla.configure(environ, num_devices=2, vmapped=False)
     elif setting == "configured":
         xla.configure(environ)
     return environ
@@ -56,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=10, help="processes for each setting and size")
-    parser.add_argument("--settings", nargs="+", default=["default", "configured", "two devices, configured"])
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds before a process is looked at")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", default=["4x50", "64x5"], help="environments × calls of step")
@@ -72,6 +78,8 @@ def main() -> None:
                 start = time.perf_counter()
                 hung = hangs(program, environ, arguments.limit)
                 record = {
+                    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    "commit": commit(Path(__file__).parent),
                     "setting": setting,
                     "hung": hung,
                     "seconds": round(time.perf_counter() - start, 1),
