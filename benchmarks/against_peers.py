@@ -76,8 +76,8 @@ def make_jobs(
     from jrl import xla
 
     if work.devices > 1:
-        # As jrl sweep: members one by one cannot hang, and a larger pool would only contend for the cores.
-        xla.configure(ours, num_devices=work.devices, vmapped=work.at_once > 1)
+        # As jrl sweep: members of jrl's networks cannot hang, and a larger pool would only contend for the cores.
+        xla.configure(ours, num_devices=work.devices, vmapped=False)
     xla.configure(ours, vmapped=False, quick_compile=work.compiler == "quick")
     plain = dataclasses.asdict(work)
     return {

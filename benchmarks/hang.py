@@ -3,10 +3,11 @@
     python benchmarks/hang.py --runs 10
 
 Starts fresh processes, each of which compiles and runs eight vmapped PPO members several times, under XLA's
-defaults and under ``jrl.xla.configure``, with one device and with two. One that has not finished within the limit and computes nothing for
-some seconds has hung; one that still computes is given longer. Appends one JSON line a process to
-``benchmarks/results/hang.jsonl``; those without a commit are of the time when members were initialised by a
-batch of QR factorisations, which jrl's networks no longer have (:func:`jrl.networks.mlp.orthogonal`). Linux only: it reads a process's CPU time from ``/proc``.
+defaults and under ``jrl.xla.configure``, with one device and with two. One that has not finished within the limit and
+computes nothing for some seconds has hung; one that still computes is given longer. Appends one JSON line a process to
+``benchmarks/results/hang.jsonl``; those without a commit are of the time when members were initialised by a batch of
+QR factorisations, which jrl's networks no longer have (:func:`jrl.networks.mlp.orthogonal`). Linux only: it reads a
+process's CPU time from ``/proc``.
 """
 
 from __future__ import annotations

@@ -162,3 +162,27 @@ def _take(tree: PyTree, index: Array | int) -> PyTree:
 
 def _put(tree: PyTree, index: Array, values: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, value: leaf.at[index].set(value), tree, values)
+
+
+# Names of JAX's primitives that a library for linear algebra computes on a CPU.
+_FACTORIZATIONS = {"qr", "geqrf", "householder_product", "lu", "cholesky", "eigh", "eig", "svd", "schur"}
+
+
+def factorizes_batches(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Tell whether a program factorises several matrices at once: XLA's CPU pool may be too small for that.
+
+    :mod:`jrl.xla` says why. jrl's own networks are initialised by one factorisation at a time.
+    """
+    return _has_batch(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _has_batch(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        name, operands = equation.primitive.name, [v.aval for v in equation.invars]
+        if name in _FACTORIZATIONS and any(getattr(aval, "ndim", 0) > 2 for aval in operands):
+            return True
+        parameters = jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in parameters]
+        if any(_has_batch(one) for one in inner if hasattr(one, "eqns")):
+            return True
+    return False

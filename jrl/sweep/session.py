@@ -20,7 +20,7 @@ from jrl.configuration import Setup
 from jrl.interrupt import StopRequest, wait
 from jrl.ops import counter
 from jrl.records import RunError, RunWarning
-from jrl.sweep import outcome, planning, processes, program, rounds, storing
+from jrl.sweep import batching, outcome, planning, processes, program, rounds, storing
 from jrl.sweep.choosing import Members, moving
 from jrl.sweep.outcome import Finished
 from jrl.sweep.planning import Plan
@@ -58,8 +58,11 @@ class Session:
             raise RunError(f"metrics {', '.join(wrong)} are no scalars: algo.step must return shape ().")
         self.state_shape = state
         self.latest: dict[str, np.ndarray] = {}  # metrics of each member in its last chunk
-        for text in xla.diagnose() if self.width != 1 else ():  # members one by one cannot hang
-            warnings.warn(text, RunWarning, stacklevel=4)
+        if self.width != 1 and (texts := xla.diagnose()):  # members one by one cannot hang
+            keys = jax.random.split(jax.random.key(0), 2)
+            both = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), setup.hparams)
+            if batching.factorizes_batches(jax.vmap(algo.init), keys, both):
+                warnings.warn("\n".join(texts), RunWarning, stacklevel=4)
 
     def compile(self) -> None:
         """Plan the memory and compile the training."""

@@ -172,7 +172,7 @@ def test_floats_of_observations_can_be_kept_in_half_the_memory(kept, bits, large
     np.testing.assert_allclose(got[0, 3:], [largest, -largest, 0.0], rtol=1e-2)
     assert np.isfinite(got[0, 3:]).all()
     error = np.abs(got[1:] - values.reshape(8, 6)[1:])
-    assert 0.0 < error.max()
+    assert error.max() > 0.0
     np.testing.assert_array_less(error, np.abs(values.reshape(8, 6)[1:]) * 2.0**-bits + 1e-7)
     np.testing.assert_array_equal(read.obs["count"], 70_000)
     np.testing.assert_array_equal(read.reward, transitions.reward.reshape(-1))
