@@ -72,13 +72,16 @@ def make_jobs(
     if threads is not None:
         ours["NPROC"] = str(threads)
     elif work.devices > 1:
-        ours.pop("NPROC", None)  # more devices may need more threads than were pinned
+        ours.pop("NPROC", None)  # pinned to one thread
     from jrl import xla
 
-    if work.devices > 1:
-        # As jrl sweep: members of jrl's networks cannot hang, and a larger pool would only contend for the cores.
-        xla.configure(ours, num_devices=work.devices, vmapped=False)
-    xla.configure(ours, vmapped=False, quick_compile=work.compiler == "quick")
+    # As jrl sweep: members of jrl's networks cannot hang, and a larger pool would only contend for the cores.
+    xla.configure(
+        ours,
+        num_devices=work.devices if work.devices > 1 else None,
+        vmapped=False,
+        quick_compile=work.compiler == "quick",
+    )
     plain = dataclasses.asdict(work)
     return {
         "jrl": Job(sys.executable, ours, "ours", peer.algorithm, plain),

@@ -123,8 +123,8 @@ def _configure(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
     quick = QUICK in args or any(records.compiled_quickly(Path(arg)) for arg in args[1:])
     sweeps = bool(args) and args[0] in ("sweep", "plan")
     sweeps |= bool(args) and args[0] == "resume" and any(_is_sweep(Path(arg)) for arg in args[1:])
-    if not sweeps:
-        xla.configure(environ, quick_compile=quick)
+    if not sweeps:  # nor is any network but jrl's own vmapped
+        xla.configure(environ, vmapped=False, quick_compile=quick)
         return
     num_devices = 1 if "--distributed" in args else xla.cores()
     for flag, value in zip(args, [*args[1:], ""], strict=True):

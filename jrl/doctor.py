@@ -90,8 +90,8 @@ def try_vmapped(environ: Mapping[str, str] = os.environ, limit: float = 20.0) ->
     if not trial.hangs(trial.BATCHED_QR, {**environ, "JAX_PLATFORMS": "cpu"}, limit):
         return "a batch of QR factorisations ran", None
     return "hung", (
-        "a vmapped program hung: XLA's CPU pool is too small for it. Set NPROC=4 (8 for two CPU devices) in the "
-        "environment before jax is imported, or call jrl.xla.configure() there."
+        "a batch of QR factorisations hung, as vmapped networks other than jrl's can: set NPROC=4 (8 for two CPU "
+        "devices) in the environment before jax is imported, or call jrl.xla.configure() there."
     )
 
 

@@ -3,7 +3,8 @@
 On a CPU of few cores jaxlib 0.10 can wait for ever: a vmapped training program puts work on XLA's thread pool
 that waits for other work of the same pool, and with two threads all of them may end up waiting: 9 of 16 processes
 hung. That work is the QR factorisation of orthogonal initialisation, a batch of which divides itself among the
-pool's threads. A pool of four threads for each device ran every time, 17 processes with one device and 13 with two;
+pool's threads. Since jrl's own networks compute it one by one (:func:`jrl.networks.mlp.orthogonal`), 32 of 32 ran. For
+other networks a pool of four threads for each device ran every time, 17 processes with one device and 13 with two;
 two threads for each of two devices hung once in two (``benchmarks/results/hang.jsonl``, ``benchmarks/hang.py``). The
 pool's size is read from ``NPROC`` when jaxlib loads. jaxlib 0.11 has not been seen to hang.
 """
@@ -29,14 +30,14 @@ def configure(
 ) -> None:
     """Put settings under which nothing hangs into ``environ``; what the user has set stays.
 
-    Call it before anything imports jax: the ``jrl`` command and the tests do.
+    Call it before anything imports jax: the ``jrl`` command does.
 
     Args:
         environ: the environment to change.
         num_devices: CPU devices to present (``--xla_force_host_platform_device_count``); None leaves that be.
-        vmapped: whether members will be vmapped. One run sharded over the devices (:mod:`jrl.parallel`) cannot
-            hang so, nor can a sweep of members one by one (:mod:`jrl.sweep`), and with more threads than cores
-            both take up to half as long again.
+        vmapped: whether networks other than jrl's own will be vmapped, which may be initialised by batches of
+            factorisations. All else cannot hang so, and with more threads than cores it takes up to half as long
+            again.
         quick_compile: compile programs for a CPU in about half the processor time, for runs of seconds or a few
             minutes: with fewer of LLVM's optimisations and XLA's older emitters of fusions. It suits networks
             with ``kernels="native"``; those that XLA computes run slower so, and results may differ by rounding. A
@@ -72,15 +73,15 @@ def _with_quick_flags(given: str) -> str:
 
 
 def diagnose(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a warning for each setting under which a vmapped program could hang; none is the empty list."""
+    """Return a warning for each setting under which a batch of factorisations could hang; none is the empty list."""
     if not _pool_can_hang(environ):
         return []
     needed = _threads_needed(environ)
     version = importlib.metadata.version("jaxlib")
     return [
         f"XLA's CPU pool has {_pool_size(environ)} threads, and jaxlib {version} can hang with fewer than {needed} "
-        f"when a program is vmapped: set NPROC={needed} in the environment before jax is imported (the jrl "
-        "command does), or use jaxlib 0.11 (Python 3.12)."
+        "where a program factorises a batch of matrices, as vmapped orthogonal initialisers do (jrl's own do not): "
+        f"set NPROC={needed} in the environment before jax is imported, or use jaxlib 0.11 (Python 3.12)."
     ]
 
 
