@@ -58,7 +58,7 @@ _EXPORTS: dict[str, tuple[str, str | None]] = {
 
 # The algorithms by name, all that the command needs to know of one: each file of jrl/algos is one, but for what they
 # share.
-_SHARED = ("checks", "off_policy", "on_policy", "planning", "q_functions")
+_SHARED = ("checks", "exploration", "off_policy", "on_policy", "planning", "q_functions")
 _ALGORITHMS = {
     file.name: f"jrl.algos.{file.name}"
     for file in pkgutil.iter_modules([os.path.join(os.path.dirname(__file__), "algos")])

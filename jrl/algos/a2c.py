@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jrl import networks, ops, rollout
+from jrl import ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
@@ -127,10 +127,7 @@ def make(
     """
     config = checks.config(config, Config)
     envs, network, distribution = actor = on_policy.actor(
-        env,
-        config.num_envs,
-        network,
-        lambda: networks.actor_critic(env, config, shared_torso=config.shared_torso, features_first=True),
+        env, config.num_envs, network, config, shared_torso=config.shared_torso
     )
     checks.feed_forward(network, "a2c")
     played = on_policy.policies(actor)

@@ -18,7 +18,6 @@ network acts on fixed quantiles.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,22 +27,11 @@ import optax
 from flax import struct
 
 from jrl import ops, replay, rollout
-from jrl.algos import checks, off_policy, q_functions
+from jrl.algos import checks, exploration, off_policy, q_functions
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
-from jrl.types import (
-    Algorithm,
-    Array,
-    Environment,
-    Key,
-    MaskedObservation,
-    Memory,
-    Metrics,
-    Params,
-    Policy,
-    PyTree,
-)
+from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, no_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,50 +226,18 @@ def make(
     draws = config.noisy or config.distribution == "implicit"  # then running the network takes a draw
     block_steps = config.num_envs * config.unroll_length
     buffer = replay.prioritized if config.prioritized else replay.uniform
-
-    def act(
-        acting: PyTree, key: Key, obs: PyTree, memory: Memory, drawn: q_functions.Drawn | None = None
-    ) -> tuple[Array, Memory, PyTree]:
-        params, support, epsilon = acting
-        q = q_function.mean(q_function.evaluate(params, obs, drawn), obs, support)
-        mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
-        return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
-
-    def act_noisily(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        noise_key, key = jax.random.split(key)
-        # A policy may be run on another number of environments than it was trained on, or on one without an axis.
-        leaf, spec = jax.tree.leaves(obs)[0], jax.tree.leaves(env.observation)[0]
-        batch_shape = leaf.shape[: leaf.ndim - len(spec.shape)]
-        num = math.gcd(config.noise_draws, batch_shape[0]) if batch_shape else 1
-        drawn = [jnp.asarray(one.noise) for one in q_function.draw(noise_key, acting[0], num, ())]
-        noise = drawn[0] if num == 1 else jnp.stack(drawn)
-        return act(acting, key, obs, memory, q_functions.Drawn(noise, None))
-
-    behave = act_noisily if config.noisy else act
+    act = exploration.epsilon_greedy(q_function.values)
+    behave = exploration.epsilon_greedy(q_function.values, q_function.noise) if config.noisy else act
+    hold = exploration.persistent(behave)
+    init_memory = exploration.nothing_held if config.persistent else no_memory
 
     def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        acting, persistence = acting
-        if config.persistent:
-            key, hold_key = jax.random.split(key)
-        action, _, extras = behave(acting, key, obs, ())
-        if config.persistent:
-            mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
-            action, memory = ops.persistent_epsilon_greedy(
-                hold_key, extras["q"], memory, acting[-1], persistence, mask
-            )
+        action, memory, _ = (hold if config.persistent else behave)(acting, key, obs, memory)
         return action, memory, ()  # the replay would keep what it returns here
 
-    def demonstrate(params: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        assert warmup_policy is not None
-        return warmup_policy.apply(params, key, obs, ())[0], memory, ()
-
-    def init_memory(batch_shape: tuple[int, ...]) -> Memory:
-        # Two arrays: one buffer could not be donated twice.
-        held = (jnp.zeros(batch_shape, jnp.int32) for _ in ops.HeldAction._fields)
-        return ops.HeldAction(*held) if config.persistent else ()
-
     def explorer(params: Params, support: PyTree, epsilon: Array, hparams: HParams) -> Policy:
-        return Policy(explore, ((params, support, epsilon), hparams.persistence), init_memory)
+        acting = ((params, support), epsilon)
+        return Policy(explore, (acting, hparams.persistence) if config.persistent else acting, init_memory)
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
@@ -295,7 +251,7 @@ def make(
             support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
         filling = explorer(params, support, jnp.float32(1.0), hparams)
         if warmup_policy is not None:
-            filling = Policy(demonstrate, warmup_policy.params, init_memory)
+            filling = exploration.actions_of(warmup_policy, init_memory)
         start, stored = off_policy.warm_up(warmup_key, envs, env_params, filling, start, config, buffer)
         return State(
             params=params,
@@ -321,19 +277,13 @@ def make(
         next_output = q_function.evaluate(state.target_params, sample.next_obs, drawn[0])
         next_q = q_function.mean(next_output, sample.next_obs, state.support)
         if config.munchausen:
-            output = q_function.evaluate(state.target_params, sample.obs, drawn[1])
-            reward += ops.munchausen_bonus(
-                q_function.mean(output, sample.obs, state.support),
-                sample.action,
-                hparams.munchausen_temperature,
-                hparams.munchausen_coef,
-                hparams.munchausen_min,
-            )
-            return head.soft_target(reward, discount, next_output, next_q, hparams.munchausen_temperature)
+            q, _ = q_function.values((state.target_params, state.support), sample.obs, (), drawn[1])
+            temperature, coef = hparams.munchausen_temperature, hparams.munchausen_coef
+            reward += ops.munchausen_bonus(q, sample.action, temperature, coef, hparams.munchausen_min)
+            return head.soft_target(reward, discount, next_output, next_q, temperature)
         online_q = None
         if config.double:
-            output = q_function.evaluate(state.params, sample.next_obs, drawn[1])
-            online_q = q_function.mean(output, sample.next_obs, state.support)
+            online_q, _ = q_function.values((state.params, state.support), sample.next_obs, (), drawn[1])
         return head.target(reward, discount, next_output, next_q, online_q)
 
     def loss(
@@ -352,13 +302,8 @@ def make(
             key, draw_key = jax.random.split(key)
             drawn = q_function.draw(draw_key, state.params, 3, (config.batch_size,))
         if config.prioritized:
-            beta = ops.linear_schedule(
-                env_steps,
-                start=hparams.importance_exponent,
-                end=hparams.importance_exponent_end,
-                begin=0.0,
-                duration=hparams.importance_env_steps,
-            )
+            fraction = ops.elapsed_fraction(env_steps, duration=hparams.importance_env_steps, begin=0.0)
+            beta = ops.linear(hparams.importance_exponent, hparams.importance_exponent_end, fraction)
             sample = replay.prioritized.sample(
                 key, state.replay, config.batch_size, config.num_envs, config.n_step, beta=beta
             )
@@ -373,20 +318,16 @@ def make(
         # One whose successor is lost is not learned from; its error is that of another episode, and no priority.
         td_error = jnp.where(sample.weight > 0.0, td_error, 0.0)
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
-        state = dataclasses.replace(
-            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
+        params = optax.apply_updates(state.params, updates)
+        state = dataclasses.replace(state, params=params, opt_state=opt_state)
         if config.polyak:
-            state = dataclasses.replace(
-                state, target_params=optax.incremental_update(state.params, state.target_params, hparams.tau)
-            )
+            target_params = optax.incremental_update(params, state.target_params, hparams.tau)
+            state = dataclasses.replace(state, target_params=target_params)
         if config.prioritized:
-            state = dataclasses.replace(
-                state,
-                replay=replay.prioritized.update_priorities(
-                    state.replay, sample.position, td_error, alpha=hparams.priority_exponent
-                ),
+            stored = replay.prioritized.update_priorities(
+                state.replay, sample.position, td_error, alpha=hparams.priority_exponent
             )
+            state = dataclasses.replace(state, replay=stored)
         return state, {
             "loss": loss_value,
             "td_error": jnp.abs(td_error).mean(),
@@ -400,21 +341,12 @@ def make(
             state.key, (), (config.unroll_length, 2), (config.num_updates,)
         )
         env_steps = ops.counter.to_float(state.env_steps)
-        epsilon = ops.linear_schedule(
-            env_steps,
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, env_steps)
         learning_rate = annealed_learning_rate(hparams, env_steps)
+        behaviour = explorer(state.params, state.support, epsilon, hparams)
+        env_params = env.params if hparams.env is None else hparams.env
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_keys,
-            envs,
-            env.params if hparams.env is None else hparams.env,
-            explorer(state.params, state.support, epsilon, hparams),
-            state.rollout,
-            config.unroll_length,
+            unroll_keys, envs, env_params, behaviour, state.rollout, config.unroll_length
         )
         state = dataclasses.replace(
             state,
@@ -424,9 +356,7 @@ def make(
             key=next_key,
         )
         state, metrics = jax.lax.scan(
-            lambda state, key: update(state, key, hparams, env_steps, learning_rate),
-            state,
-            update_keys,
+            lambda state, key: update(state, key, hparams, env_steps, learning_rate), state, update_keys
         )
         if not config.polyak:
             target_params, since_target = off_policy.copy_periodically(
@@ -438,7 +368,7 @@ def make(
 
     def policy(state: State, *, greedy: bool = True, epsilon: float = 0.05) -> Policy:
         """Return the greedy policy of the online network, or, with greedy=False, an ε-greedy one, noisy if that is."""
-        acting = (state.params, state.support, jnp.float32(0.0 if greedy else epsilon))
+        acting = ((state.params, state.support), jnp.float32(0.0 if greedy else epsilon))
         return Policy(act if greedy else behave, acting)
 
     return Algorithm(init, step, policy, block_steps, env)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from jrl import ops, rollout
-from jrl.algos import checks
+from jrl.algos import checks, exploration
 from jrl.envs import vectorize
 from jrl.types import (
     Algorithm,
@@ -177,13 +177,7 @@ def make(
         checks.hparams(hparams, HParams)
         env_params = env.params if hparams.env is None else hparams.env
         next_key, env_key, uniform_key = jax.random.split(state.key, 3)
-        epsilon = ops.linear_schedule(
-            ops.counter.to_float(state.env_steps),
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, ops.counter.to_float(state.env_steps))
 
         def body(carry: State, random: tuple[Key, Array]) -> tuple[State, Any]:
             step_key, uniform = random

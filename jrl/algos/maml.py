@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jrl import meta, networks, ops, rollout
+from jrl import meta, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
@@ -254,9 +254,7 @@ def _surrogate(
     The metrics are those of all episodes that end, the return is the mean of each environment's first one, whole or
     not: that of what is learned from.
     """
-    actor = on_policy.actor(
-        env, config.num_envs, network, lambda: networks.actor_critic(env, config, features_first=True)
-    )
+    actor = on_policy.actor(env, config.num_envs, network, config)
     checks.feed_forward(actor.network, "maml")
 
     def act(params: Params, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:

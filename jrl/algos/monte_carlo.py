@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jrl import ops, rollout
-from jrl.algos import checks
+from jrl.algos import checks, exploration
 from jrl.envs import vectorize
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Policy, PyTree, Transition
 
@@ -153,13 +153,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         checks.hparams(hparams, HParams)
         env_params = env.params if hparams.env is None else hparams.env
         next_key, unroll_key = jax.random.split(state.key)
-        epsilon = ops.linear_schedule(
-            ops.counter.to_float(state.env_steps),
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, ops.counter.to_float(state.env_steps))
         behaviour = Policy(explore, (state.params, epsilon))
         rollout_state, seen, metrics = rollout.unroll(
             unroll_key, envs, env_params, behaviour, state.rollout, config.unroll_length

@@ -29,8 +29,15 @@ class Actor(NamedTuple):
     distribution: Callable[[Any], Any]
 
 
-def actor(env: Environment, num_envs: int, network: Any, default: Callable[[], Network]) -> Actor:
-    """Return ``env`` and a network for it, checked against each other; ``default()`` where ``network`` is None.
+def actor(env: Environment, num_envs: int, network: Any, config: Any, **choices: Any) -> Actor:
+    """Return ``env`` and a network for it, checked against each other.
+
+    Args:
+        env: a single environment.
+        num_envs: of which so many are to be stepped side by side.
+        network: any ``init``/``apply`` pair, ``obs -> (policy head, value)``. None builds the default one.
+        config: describes the torso of that one.
+        choices: what else :func:`jrl.networks.actor_critic` takes for it.
 
     Raises:
         TypeError: ``env`` or ``network`` is not what it should be.
@@ -41,7 +48,9 @@ def actor(env: Environment, num_envs: int, network: Any, default: Callable[[], N
     envs = vectorize(env, num_envs)
     if isinstance(env.action, Box):
         envs = clip_action(envs)
-    network = default() if network is None else networks.as_network(network)
+    if network is None:
+        network = networks.actor_critic(env, config, features_first=True, **choices)
+    network = networks.as_network(network)
     networks.check_policy_output(network, env.observation, env.action)
     network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
     return Actor(envs, network, distribution)

@@ -26,19 +26,7 @@ from jrl import networks, normalize, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm, mean_over
-from jrl.types import (
-    Algorithm,
-    Array,
-    Environment,
-    Key,
-    Memory,
-    Metrics,
-    Params,
-    Policy,
-    PyTree,
-    Shards,
-    Transition,
-)
+from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,18 +181,9 @@ def make(
     config = checks.config(config, Config)
     optimizer = by_kernels(optimizer, config.kernels)
     num_envs = checks.shard(config, shards)
+    core = networks.memory_core(config)
     envs, network, distribution = actor = on_policy.actor(
-        env,
-        num_envs,
-        network,
-        lambda: networks.actor_critic(
-            env,
-            config,
-            shared_torso=config.shared_torso,
-            features_first=True,
-            fuse=True,
-            core=networks.memory_core(config),
-        ),
+        env, num_envs, network, config, shared_torso=config.shared_torso, fuse=True, core=core
     )
     if config.normalize_observations:
         checks.numeric(env, "normalize_observations")
@@ -259,12 +238,9 @@ def make(
             key=state_key,
         )
 
-    def targets(state: State, transitions: Transition, reward: Array, hparams: HParams) -> Batch:
+    def targets(state: State, transitions: rollout.Transition, hparams: HParams) -> Batch:
         def values(successors: tuple[PyTree, Memory]) -> Array:
-            next_obs, memory = successors
-            (_, value), _ = network.apply(
-                state.params, normalized(state.observation_statistics, next_obs), memory
-            )
+            (_, value), _ = apply_normalized((state.params, state.observation_statistics), *successors)
             return value
 
         obs = normalized(state.observation_statistics, transitions.obs)
@@ -272,14 +248,9 @@ def make(
         head, value = output if with_memory else network.apply(state.params, obs, ())[0]
         successors = (transitions.next_obs, next_memory)
         next_value = rollout.successor_values(values, value, transitions, successors)
+        flags = (transitions.terminated, transitions.truncated)
         advantage, target = ops.gae(
-            reward,
-            value,
-            next_value,
-            transitions.terminated,
-            transitions.truncated,
-            gamma=hparams.gamma,
-            gae_lambda=hparams.gae_lambda,
+            transitions.reward, value, next_value, *flags, gamma=hparams.gamma, gae_lambda=hparams.gae_lambda
         )
         head = head if penalized else ()
         batch = Batch(obs, transitions.action, log_prob, value, advantage, target, head, (), ())
@@ -326,16 +297,15 @@ def make(
         def part(leaf: Array, index: Array) -> Array:
             return leaf[:, index] if with_memory else leaf[index]
 
+        def standardized(index: Array) -> Array:
+            return ops.standardize(part(batch.advantage, index), mean=mean)
+
         def microbatches(leaf: Array) -> Array:
             return jnp.moveaxis(leaf.reshape(*leaf.shape[:-1], config.num_microbatches, -1), -2, 0)
 
         shuffles = ops.shuffled_indices(key, size, config.num_epochs)
         shuffles = shuffles.reshape(config.num_epochs * config.num_minibatches, -1)
-        advantages = None
-        if standardize_before:
-            advantages = jax.vmap(lambda index: ops.standardize(part(batch.advantage, index), mean=mean))(
-                shuffles
-            )
+        advantages = jax.vmap(standardized)(shuffles) if standardize_before else None
 
         def gradient(params: Params, shuffled: tuple) -> tuple[Params, Metrics]:
             index, advantage = shuffled
@@ -364,9 +334,8 @@ def make(
         if adaptive:
             metrics["kl_coef"] = kl_coef
             # Of the last epoch, as the paper measures it when the update is over.
-            kl_coef = ops.adapted_kl_coef(
-                kl_coef, steps["kl"][-config.num_minibatches :].mean(), hparams.target_kl
-            )
+            last_kl = steps["kl"][-config.num_minibatches :].mean()
+            kl_coef = ops.adapted_kl_coef(kl_coef, last_kl, hparams.target_kl)
             state = dataclasses.replace(state, kl_coef=kl_coef)
         metrics["learning_rate"] = learning_rate
         metrics["explained_variance"] = ops.explained_variance(batch.value, batch.target, mean=mean)
@@ -379,17 +348,14 @@ def make(
         rollout_state, transitions, episode_metrics = rollout.unroll(
             unroll_keys, envs, env_params(hparams), behaviour, state.rollout, config.unroll_length
         )
-        reward, reward_scaling = transitions.reward, state.reward_scaling
+        reward_scaling = state.reward_scaling
         if config.normalize_rewards:
+            flags = (transitions.terminated, transitions.truncated)
             reward_scaling, reward = normalize.scale_reward(
-                reward_scaling,
-                reward,
-                transitions.terminated,
-                transitions.truncated,
-                gamma=hparams.gamma,
-                shards=shards,
+                reward_scaling, transitions.reward, *flags, gamma=hparams.gamma, shards=shards
             )
-        batch = targets(state, transitions, reward, hparams)
+            transitions = transitions._replace(reward=reward)
+        batch = targets(state, transitions, hparams)
         state, metrics = update(state, batch, update_key, hparams)
         statistics = state.observation_statistics
         if config.normalize_observations:

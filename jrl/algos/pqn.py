@@ -18,24 +18,11 @@ import optax
 from flax import struct
 
 from jrl import networks, ops, rollout
-from jrl.algos import checks
+from jrl.algos import checks, exploration
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
-from jrl.types import (
-    Algorithm,
-    Array,
-    Environment,
-    Key,
-    MaskedObservation,
-    Memory,
-    Metrics,
-    Params,
-    Policy,
-    PyTree,
-    Shards,
-    Transition,
-)
+from jrl.types import Algorithm, Array, Environment, Key, Metrics, Params, Policy, PyTree, Shards, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,16 +139,11 @@ def make(
     checks.feed_forward(network, "pqn")
     networks.check_q_output(network, env.observation, action)
     network = networks.mask_aware(network, ops.masked)
+    act = exploration.epsilon_greedy(network.apply)
     env_steps_per_step = config.num_envs * config.unroll_length
 
     def action_values(params: Params, obs: PyTree) -> Array:
         return network.apply(params, obs, ())[0]
-
-    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        params, epsilon = acting
-        mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
-        q = action_values(params, obs)
-        return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
 
     def env_params(hparams: HParams) -> PyTree:
         return env.params if hparams.env is None else hparams.env
@@ -232,21 +214,11 @@ def make(
         checks.hparams(hparams, HParams)
         next_key, unroll_keys, update_key = ops.split_keys(state.key, (), (config.unroll_length, 2), ())
         env_steps = ops.counter.to_float(state.env_steps)
-        epsilon = ops.linear_schedule(
-            env_steps,
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, env_steps)
         learning_rate = annealed_learning_rate(hparams, env_steps)
+        behaviour = Policy(act, (state.params, epsilon))
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_keys,
-            envs,
-            env_params(hparams),
-            Policy(act, (state.params, epsilon)),
-            state.rollout,
-            config.unroll_length,
+            unroll_keys, envs, env_params(hparams), behaviour, state.rollout, config.unroll_length
         )
         batch = targets(state.params, transitions, hparams)
         state, metrics = update(state, batch, update_key, hparams, learning_rate)

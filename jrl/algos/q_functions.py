@@ -8,6 +8,7 @@ Boltzmann policy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,17 @@ import jax.numpy as jnp
 from jrl import networks, ops
 from jrl.algos import checks
 from jrl.native import categorical as native_categorical
-from jrl.types import Array, Discrete, Environment, Key, MaskedObservation, Params, PyTree, QuantileQuery
+from jrl.types import (
+    Array,
+    Discrete,
+    Environment,
+    Key,
+    MaskedObservation,
+    Memory,
+    Params,
+    PyTree,
+    QuantileQuery,
+)
 
 DISTRIBUTIONS = ("none", "categorical", "quantile", "implicit")
 
@@ -59,6 +70,10 @@ class QFunction(NamedTuple):
             implicit quantile network is asked for, of so many evaluations at once.
         evaluate: ``(params, obs, drawn=None) -> output``. Without a draw there is no noise, and fractions are fixed.
         mean: ``(output, obs, support) -> q [..., A]``, disallowed actions masked.
+        values: ``((params, support), obs, memory, drawn=None) -> (q [..., A], memory)``: both in one, in the form of a
+            network's ``apply``, for :func:`jrl.algos.exploration.epsilon_greedy`.
+        noise: ``(key, (params, support), obs) -> drawn``: the noise with which to act in ``obs``, of
+            ``config.noise_draws`` draws.
         head: ``(support, huber_delta=1.0) -> QHead``; the support ``[K]`` is a categorical one's, else ``()``.
     """
 
@@ -66,6 +81,8 @@ class QFunction(NamedTuple):
     draw: Callable[..., list[Drawn]]
     evaluate: Callable[..., Any]
     mean: Callable[..., Array]
+    values: Callable[..., tuple[Array, Memory]]
+    noise: Callable[..., Drawn]
     head: Callable[..., QHead]
 
 
@@ -111,9 +128,12 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
     )
     rank = len(jax.tree.leaves(spec)[0].shape)
 
-    def query(obs: PyTree, fraction: Array | None = None) -> QuantileQuery:
+    def batch_shape(obs: PyTree) -> tuple[int, ...]:
         leaf = jax.tree.leaves(obs)[0]
-        shape = (*leaf.shape[: leaf.ndim - rank], config.num_atoms)
+        return leaf.shape[: leaf.ndim - rank]
+
+    def query(obs: PyTree, fraction: Array | None = None) -> QuantileQuery:
+        shape = (*batch_shape(obs), config.num_atoms)
         return QuantileQuery(obs, jnp.broadcast_to(midpoints, shape) if fraction is None else fraction)
 
     def init(key: Key, obs: PyTree, noise_scale: Array | float) -> Params:
@@ -152,6 +172,19 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
         q = head(support).mean(output)
         return ops.masked(q, obs.action_mask) if isinstance(obs, MaskedObservation) else q
 
+    def values(
+        acting: PyTree, obs: PyTree, memory: Memory, drawn: Drawn | None = None
+    ) -> tuple[Array, Memory]:
+        params, support = acting
+        return mean(evaluate(params, obs, drawn), obs, support), memory
+
+    def noise(key: Key, acting: PyTree, obs: PyTree) -> Drawn:
+        # A policy may be run on another number of environments than it was trained on, or on one without an axis.
+        lead = batch_shape(plain(obs))
+        num = math.gcd(config.noise_draws, lead[0]) if lead else 1
+        drawn = [jnp.asarray(one.noise) for one in draw(key, acting[0], num, ())]
+        return Drawn(drawn[0] if num == 1 else jnp.stack(drawn), None)
+
     def head(support: PyTree, huber_delta: Array | float = 1.0) -> QHead:
         match config.distribution:
             case "none":
@@ -160,7 +193,7 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
                 return categorical(support, config.kernels)
         return quantile(huber_delta)
 
-    return QFunction(init, draw, evaluate, mean, head)
+    return QFunction(init, draw, evaluate, mean, values, noise, head)
 
 
 def plain(obs: PyTree) -> PyTree:

@@ -20,23 +20,11 @@ import optax
 from flax import struct
 
 from jrl import networks, ops, replay, rollout
-from jrl.algos import checks, off_policy
+from jrl.algos import checks, exploration, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
-from jrl.types import (
-    Algorithm,
-    Array,
-    Environment,
-    Key,
-    MaskedObservation,
-    Memory,
-    Metrics,
-    Params,
-    Policy,
-    PyTree,
-    Transition,
-)
+from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +196,7 @@ def make(
     network = networks.mask_aware(network, ops.masked)
     block_steps = config.num_envs * config.unroll_length
     buffer = replay.sequence.buffer(config.unroll_length, config.sequence_length)
-
-    def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
-        params, epsilon = acting
-        mask = obs.action_mask if isinstance(obs, MaskedObservation) else None
-        q, memory = network.apply(params, obs, memory)
-        return ops.epsilon_greedy(key, q, epsilon, mask), memory, {"q": q}
+    act = exploration.epsilon_greedy(network.apply)
 
     def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         action, next_memory, _ = act(acting, key, obs, memory)
@@ -334,21 +317,11 @@ def make(
             state.key, (), (config.unroll_length, 2), (config.num_updates,)
         )
         env_steps = ops.counter.to_float(state.env_steps)
-        epsilon = ops.linear_schedule(
-            env_steps,
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, env_steps)
         learning_rate = annealed_learning_rate(hparams, env_steps)
+        exploring = behaviour(state.params, epsilon)
         rollout_state, transitions, episode_metrics = rollout.unroll(
-            unroll_keys,
-            envs,
-            env_params(hparams),
-            behaviour(state.params, epsilon),
-            state.rollout,
-            config.unroll_length,
+            unroll_keys, envs, env_params(hparams), exploring, state.rollout, config.unroll_length
         )
         state = dataclasses.replace(
             state,
@@ -358,9 +331,7 @@ def make(
             key=next_key,
         )
         state, metrics = jax.lax.scan(
-            lambda state, key: update(state, key, hparams, learning_rate),
-            state,
-            update_keys,
+            lambda state, key: update(state, key, hparams, learning_rate), state, update_keys
         )
         target_params, since_target = off_policy.copy_periodically(
             state.params, state.target_params, state.since_target, block_steps, hparams.target_period

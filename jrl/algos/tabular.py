@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jrl import ops, rollout
-from jrl.algos import checks, planning
+from jrl.algos import checks, exploration, planning
 from jrl.envs import vectorize
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Policy, PyTree
 
@@ -231,13 +231,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         checks.hparams(hparams, HParams)
         env_params = env.params if hparams.env is None else hparams.env
         next_key, env_key, uniform_key = jax.random.split(state.key, 3)
-        epsilon = ops.linear_schedule(
-            ops.counter.to_float(state.env_steps),
-            start=hparams.epsilon_start,
-            end=hparams.epsilon_end,
-            begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )
+        epsilon = exploration.annealed_epsilon(hparams, ops.counter.to_float(state.env_steps))
         learning = 1.0 - state.converged
 
         def body(carry: State, random: tuple[Key, Array]) -> tuple[State, Any]:

@@ -25,7 +25,7 @@ import optax
 from flax import struct
 
 from jrl import ops, rollout
-from jrl.algos import checks
+from jrl.algos import checks, exploration
 from jrl.envs import vectorize
 from jrl.language import imitation, models
 from jrl.language.environments import token_step
@@ -343,10 +343,7 @@ def make(
         checks.hparams(hparams, HParams)
         next_key, play_key, reset_key, update_key = jax.random.split(state.key, 4)
         env_steps = ops.counter.to_float(state.env_steps)
-        epsilon = ops.linear_schedule(
-            env_steps, start=hparams.epsilon_start, end=hparams.epsilon_end, begin=0.0,
-            duration=hparams.epsilon_env_steps,
-        )  # fmt: skip
+        epsilon = exploration.annealed_epsilon(hparams, env_steps)
         learning_rate = annealed_learning_rate(hparams, env_steps)
         weight = jnp.asarray(hparams.advantage_weight, jnp.float32)
         nothing = jnp.zeros((1, 1), bool)
