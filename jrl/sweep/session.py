@@ -58,7 +58,8 @@ class Session:
             raise RunError(f"metrics {', '.join(wrong)} are no scalars: algo.step must return shape ().")
         self.state_shape = state
         self.latest: dict[str, np.ndarray] = {}  # metrics of each member in its last chunk
-        if self.width != 1 and (texts := xla.diagnose()):  # members one by one cannot hang
+        on_cpu = self.devices[0].platform == "cpu"
+        if on_cpu and self.width != 1 and (texts := xla.diagnose()):  # members one by one cannot hang
             keys = jax.random.split(jax.random.key(0), 2)
             both = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), setup.hparams)
             if batching.factorizes_batches(jax.vmap(algo.init), keys, both):
