@@ -284,9 +284,10 @@ def _report(finished: Any) -> None:
         f"training     {summary['env_steps']:,} env steps in {readable_duration(summary['train_seconds'])} "
         f"({summary['env_steps_per_second']:,.0f} steps/s), after {finished.plan.compile_seconds:.1f} s of compiling"
     )
-    taken = readable_size(summary["training_bytes"])
+    taken = summary["training_bytes"]
     print(
-        f"memory       {readable_size(finished.plan.bytes_total)} planned, {taken} taken by training (this process)"
+        f"memory       {readable_size(finished.plan.bytes_total)} planned"
+        + (f", {readable_size(taken)} taken by training (this process)" if taken else "")
     )
     if finished.out is not None:
         print(f"sweep folder {finished.out}")

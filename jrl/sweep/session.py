@@ -164,7 +164,7 @@ class Session:
             with self.watch.during("training"):
                 states = self.train(search, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
-        seconds = self.seconds
+        seconds, trained = self.seconds, self.env_steps_done > self.env_steps_before
         best = None if not complete else outcome.best_setting(self)
         if complete and (self.results.failed_at >= 0).all():
             self.show.message(f"all {self.num} members were frozen: there is no best setting.")
@@ -181,8 +181,9 @@ class Session:
             "env_steps_per_second": self.env_steps_done / seconds if seconds else 0.0,
             "total_seconds": time.perf_counter() - began,
             "plan": dataclasses.asdict(self.plan_),
-            # by how much the process grew at the highest once it had compiled: what the plan speaks of
-            "training_bytes": self.watch.peaks.get("training", 0),
+            # by how much the process grew at the highest once it had compiled: what the plan speaks of. One that found
+            # all members trained has only read them: 0
+            "training_bytes": self.watch.peaks.get("training", 0) if trained else 0,
             "evaluating_bytes": self.watch.peaks.get("evaluating", 0),
             "saving_bytes": self.watch.peaks.get("saving", 0),
             "device": doctor.device(),
@@ -212,6 +213,7 @@ class Session:
             self.results = self.no_results()
             self.ended = np.zeros(self.num, bool)
             begin = Position(0, 0, np.arange(min(held, self.num)), states)
+        self.env_steps_before = self.env_steps_done
         sink = None
         if self.folder is not None and processes.is_first():
             records.drop_metrics_after(self.folder, self.env_steps_done)

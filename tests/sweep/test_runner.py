@@ -437,7 +437,11 @@ def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
         run(reference.out, resume=True, grid={"learning_rate": [0.1, 0.3]})
     with pytest.raises(RunError, match="its seeds is"):
         run(reference.out, resume=True, seeds=[0, 1, 5])
-    assert bits(run(reference.out, resume=True)) == bits(reference)
+    again = run(reference.out, resume=True)
+    assert bits(again) == bits(reference)
+    assert (
+        again.summary["training_bytes"] == 0 < reference.summary["training_bytes"]
+    )  # nothing was left to train
 
 
 def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):
