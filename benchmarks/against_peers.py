@@ -75,7 +75,7 @@ def make_jobs(
         ours.pop("NPROC", None)  # pinned to one thread
     from jrl import xla
 
-    # As jrl sweep: members of jrl's networks cannot hang, and a larger pool would only contend for the cores.
+    # As jrl sweep: jrl's networks need no larger pool (see jrl.xla), and one would only contend for the cores.
     xla.configure(
         ours,
         num_devices=work.devices if work.devices > 1 else None,

@@ -36,8 +36,8 @@ def configure(
         environ: the environment to change.
         num_devices: CPU devices to present (``--xla_force_host_platform_device_count``); None leaves that be.
         vmapped: whether networks other than jrl's own will be vmapped, which may be initialised by batches of
-            factorisations. All else cannot hang so, and with more threads than cores it takes up to half as long
-            again.
+            factorisations. Nothing else has been seen to hang, and with more threads than cores it takes up to
+            half as long again.
         quick_compile: compile programs for a CPU in about half the processor time, for runs of seconds or a few
             minutes: with fewer of LLVM's optimisations and XLA's older emitters of fusions. It suits networks
             with ``kernels="native"``; those that XLA computes run slower so, and results may differ by rounding. A
