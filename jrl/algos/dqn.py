@@ -302,8 +302,10 @@ def make(
             key, draw_key = jax.random.split(key)
             drawn = q_function.draw(draw_key, state.params, 3, (config.batch_size,))
         if config.prioritized:
-            fraction = ops.elapsed_fraction(env_steps, duration=hparams.importance_env_steps, begin=0.0)
-            beta = ops.linear(hparams.importance_exponent, hparams.importance_exponent_end, fraction)
+            start, end = hparams.importance_exponent, hparams.importance_exponent_end
+            beta = ops.linear_schedule(
+                env_steps, start=start, end=end, begin=0.0, duration=hparams.importance_env_steps
+            )
             sample = replay.prioritized.sample(
                 key, state.replay, config.batch_size, config.num_envs, config.n_step, beta=beta
             )

@@ -20,10 +20,10 @@ Act = Callable[[PyTree, Key, PyTree, Memory], tuple[Array, Memory, PyTree]]
 
 
 def annealed_epsilon(hparams: Any, env_steps: Array) -> Array:
-    """Return the ε of ε-greedy at ``env_steps`` (float32 ``[]``).
+    """Return the ε of ε-greedy at ``env_steps``, ``ε₀ + (ε₁ − ε₀) min(1, env_steps / N)``, float32 ``[]``.
 
-    Linear from ``hparams.epsilon_start`` to ``hparams.epsilon_end`` over ``hparams.epsilon_env_steps`` environment
-    steps; constant at its start where that is 0 (Mnih et al., 2015, https://doi.org/10.1038/nature14236).
+    ``ε₀`` is ``hparams.epsilon_start``, ``ε₁`` ``hparams.epsilon_end`` and ``N`` ``hparams.epsilon_env_steps``; where
+    that is 0 it stays at ``ε₀`` (Mnih et al., 2015, https://doi.org/10.1038/nature14236).
     """
     start, end = hparams.epsilon_start, hparams.epsilon_end
     return ops.linear_schedule(env_steps, start=start, end=end, begin=0.0, duration=hparams.epsilon_env_steps)
