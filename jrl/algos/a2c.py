@@ -19,7 +19,7 @@ from flax import struct
 from jrl import ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
@@ -45,6 +45,8 @@ class Config:
     """Channels of the 3×3 convolutions of a cnn."""
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False
@@ -126,6 +128,7 @@ def make(
             a memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     envs, network, distribution = actor = on_policy.actor(
         env, config.num_envs, network, config, shared_torso=config.shared_torso
     )
@@ -203,7 +206,7 @@ def make(
         def update(carry: tuple[Params, PyTree], _: None) -> tuple[tuple[Params, PyTree], Metrics]:
             params, opt_state = carry
             grads, metrics = jax.grad(loss, has_aux=True)(params, transitions, hparams)
-            metrics["grad_norm"] = global_norm(grads)
+            metrics["grad_norm"] = global_norm(grads, config.kernels)
             updates, opt_state = gradient_step(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics
 

@@ -24,7 +24,7 @@ from flax import struct
 from jrl import ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 BASELINES = ("none", "mean", "leave_one_out", "value")
@@ -50,6 +50,8 @@ class Config:
     """Channels of the 3×3 convolutions of a cnn."""
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False
@@ -120,6 +122,7 @@ def make(
             a memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     envs, network, distribution = actor = on_policy.actor(
         env, config.num_envs, network, config, shared_torso=config.shared_torso
     )
@@ -198,7 +201,7 @@ def make(
         )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, transitions, hparams)
-        metrics |= {"grad_norm": global_norm(grads), "learning_rate": learning_rate}
+        metrics |= {"grad_norm": global_norm(grads, config.kernels), "learning_rate": learning_rate}
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         env_steps = ops.counter.add(state.env_steps, env_steps_per_step)

@@ -22,7 +22,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import (
     Algorithm,
     Array,
@@ -69,6 +69,8 @@ class Config:
     """Channels of the 3×3 convolutions of a cnn."""
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
 
@@ -142,6 +144,7 @@ def make(
             actions, or it has a memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     checks.environment(env)
     checks.actions(env, "sac", Discrete, Box)
     box = env.action if isinstance(env.action, Box) else None
@@ -257,7 +260,7 @@ def make(
         sample = replay.uniform.sample(sample_key, state.replay, config.batch_size, config.num_envs, 1)
         target = targets(state, sample, target_key, hparams)
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, sample, target, loss_key, hparams)
-        metrics["grad_norm"] = global_norm(grads)
+        metrics["grad_norm"] = global_norm(grads, config.kernels)
         updates, opt_state = optimizer(hparams, learning_rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target_critic = optax.incremental_update(params["critic"], state.target_critic, hparams.tau)

@@ -22,7 +22,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Box, Environment, Key, Memory, Metrics, Policy, PyTree
 
 
@@ -59,6 +59,8 @@ class Config:
     """Without meaning here."""
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
+    kernels: str = "xla"
+    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
 
@@ -140,6 +142,7 @@ def make(
             actions, or it has a memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, config.kernels)
     checks.environment(env)
     checks.actions(env, "td3", Box)
     assert isinstance(env.action, Box)
@@ -241,7 +244,10 @@ def make(
             state = gradient_step(state, "critic", grads, hparams, learning_rate)
             target_params = optax.incremental_update(state.params, state.target_params, hparams.tau)
             state = dataclasses.replace(state, target_params=target_params)
-            return state, (sample, {"critic_loss": loss, "q": q, "grad_norm": global_norm(grads)})
+            return state, (
+                sample,
+                {"critic_loss": loss, "q": q, "grad_norm": global_norm(grads, config.kernels)},
+            )
 
         state, (samples, metrics) = jax.lax.scan(update_critic, state, keys)
         last = jax.tree.map(lambda leaf: leaf[-1], samples)

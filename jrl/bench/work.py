@@ -184,8 +184,9 @@ def _native(params: Mapping[str, Any], ins: Sequence[Any]) -> Work:
         return whole(*weights, x)
 
     def both(weights: tuple[Any, Any], x: jax.Array, grad: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda weights: through(weights, x), weights)
-        return y, pull(grad)
+        y, pull = jax.vjp(through, weights, x)
+        asked = bool(attributes["parameters"]), bool(attributes["input"])
+        return y, [of for of, is_asked in zip(pull(grad), asked, strict=True) if is_asked]
 
     def of(leaves: Sequence[Any]) -> list[native.Norm]:
         return [native.Norm(*pair) for pair in zip(leaves[::2], leaves[1::2], strict=True)]

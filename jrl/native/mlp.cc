@@ -198,7 +198,7 @@ inline void Narrow(int64_t rows, const float* a, int64_t size, const float* w, i
   for (; r < rows; ++r) NarrowTile<1>(a + r * size, size, w, columns, bias, y + r * columns);
 }
 
-// out [rows, columns] = act(a W + bias), in whole vectors; what pads the last one is 0 even where an input is infinite.
+// out [rows, columns] = act(a W + bias), no bias if null, in whole vectors; what pads the last one is 0 even where an input is infinite.
 template <int A>
 __attribute__((noinline)) void Layer(int64_t rows, const float* a, int64_t lda, int64_t size, const float* weights,
                                      bool packed, int64_t columns, const float* bias, float* out) {
@@ -557,10 +557,11 @@ void ForwardOne(const Shape& s, int64_t activation, const float* x, Arrays array
   }
 }
 
-void BackwardOne(const Shape& s, int64_t activation, const float* x, const float* dy, Arrays arrays) {
-  const int64_t layers = s.layers;
-  const bool narrow = s.sizes[layers] < kLanes;
-  size_t need = EntriesFloats(s.sizes[0]);
+// The gradients of the parameters, unless there is no place for them, and of x, unless dx is null.
+void BackwardOne(const Shape& s, int64_t activation, const float* x, const float* dy, Arrays arrays, float* dx) {
+  const int64_t layers = s.layers, padded_inputs = Padded(s.sizes[0]);
+  const bool narrow = s.sizes[layers] < kLanes, of_parameters = arrays.kernel_grad[0] != nullptr;
+  size_t need = EntriesFloats(s.sizes[0]) + kBlock * padded_inputs + 16;
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t in = Padded(s.sizes[l]), out = Padded(s.sizes[l + 1]);
     need += 2 * in * out + (5 + 2 * kBlock) * out + 160;
@@ -570,12 +571,14 @@ void BackwardOne(const Shape& s, int64_t activation, const float* x, const float
   float *scales[kMaxLayers], *shifts[kMaxLayers];
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
-    if (l > 0) PackTransposed(arrays.kernel[l], columns, size, panels[l] = scratch.Take(Padded(size) * columns));
-    const bool transposed = narrow && l + 1 == layers;
-    const int64_t count = transposed ? columns * Padded(size) : size * padded;
-    grads[l] = !transposed && padded == columns ? arrays.kernel_grad[l] : scratch.Take(count);
-    std::fill_n(grads[l], count, 0.0f);
-    std::fill_n(biases[l] = scratch.Take(padded), padded, 0.0f);
+    if (l > 0 || dx) PackTransposed(arrays.kernel[l], columns, size, panels[l] = scratch.Take(Padded(size) * columns));
+    if (of_parameters) {
+      const bool transposed = narrow && l + 1 == layers;
+      const int64_t count = transposed ? columns * Padded(size) : size * padded;
+      grads[l] = !transposed && padded == columns ? arrays.kernel_grad[l] : scratch.Take(count);
+      std::fill_n(grads[l], count, 0.0f);
+      std::fill_n(biases[l] = scratch.Take(padded), padded, 0.0f);
+    }
     delta[l] = scratch.Take(kBlock * padded);
     if (s.norm && l + 1 < layers) {
       std::fill_n(scales[l] = scratch.Take(padded), padded, 0.0f);
@@ -587,6 +590,7 @@ void BackwardOne(const Shape& s, int64_t activation, const float* x, const float
   }
   Entries entries;
   entries.columns = reinterpret_cast<Index*>(scratch.Take(EntriesFloats(s.sizes[0])));
+  float* inputs = scratch.Take(kBlock * padded_inputs);
   for (int64_t first = 0; first < s.rows; first += kBlock) {
     const int64_t rows = std::min<int64_t>(kBlock, s.rows - first);
     const int64_t outputs = s.sizes[layers], padded_outputs = Padded(outputs);
@@ -612,20 +616,26 @@ void BackwardOne(const Shape& s, int64_t activation, const float* x, const float
       } else if (l > 0) {
         in = arrays.kept[l - 1] + first * ld;
       }
-      if (narrow && l + 1 == layers)
-        Outer(rows, delta[l], padded, columns, in, ld, ld, grads[l], ld);
-      else if (l == 0 && FindEntries(rows, in, size, &entries))
-        EntriesOuter(rows, in, size, entries, delta[l], padded, grads[l]);
-      else
-        Outer(rows, in, ld, size, delta[l], padded, padded, grads[l], padded);
-      AddRows(rows, delta[l], padded, biases[l]);
+      if (of_parameters) {
+        if (narrow && l + 1 == layers)
+          Outer(rows, delta[l], padded, columns, in, ld, ld, grads[l], ld);
+        else if (l == 0 && FindEntries(rows, in, size, &entries))
+          EntriesOuter(rows, in, size, entries, delta[l], padded, grads[l]);
+        else
+          Outer(rows, in, ld, size, delta[l], padded, padded, grads[l], padded);
+        AddRows(rows, delta[l], padded, biases[l]);
+      }
       if (l > 0) {
         auto back = activation == kTanh ? LayerBack<kTanh> : LayerBack<kRelu>;
         back(rows, delta[l], padded, columns, panels[l], ld, in, delta[l - 1]);
+      } else if (dx) {
+        Layer<kNone>(rows, delta[l], padded, columns, panels[l], true, size, nullptr, inputs);
+        for (int64_t r = 0; r < rows; ++r)
+          std::memcpy(dx + (first + r) * size, inputs + r * padded_inputs, size * sizeof(float));
       }
     }
   }
-  for (int64_t l = 0; l < layers; ++l) {
+  for (int64_t l = 0; l < layers && of_parameters; ++l) {
     const int64_t size = s.sizes[l], columns = s.sizes[l + 1], padded = Padded(columns);
     std::memcpy(arrays.bias_grad[l], biases[l], columns * sizeof(float));
     if (s.norm && l + 1 < layers) {
@@ -688,10 +698,11 @@ ffi::Error MlpForward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::R
 }
 
 // x, dy, the kernels, what was kept of the hidden layers, then with layer norm their scale and shift, and their rows'
-// reciprocals -> gradients of kernel and bias of each layer, then of scale and shift of each hidden layer.
-ffi::Error MlpBackward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::RemainingArgs rest,
-                       ffi::RemainingRets outs) {
-  const size_t layers = norm ? (outs.size() + 2) / 4 : outs.size() / 2;
+// reciprocals -> if asked for, gradients of kernel and bias of each layer, then of scale and shift of each hidden
+// layer; then, if asked for, the gradient of x.
+ffi::Error MlpBackward(int64_t activation, int64_t norm, int64_t parameters, int64_t input, ffi::AnyBuffer x,
+                       ffi::AnyBuffer dy, ffi::RemainingArgs rest, ffi::RemainingRets outs) {
+  const size_t layers = norm ? (rest.size() + 4) / 5 : (rest.size() + 1) / 2;
   const Shape s = ShapeOf(x, rest, 1, layers, norm);
   for (int64_t b = 0; b < s.batch; ++b) {
     auto in = [&](size_t i, int64_t count) { return rest.get<ffi::AnyBuffer>(i)->typed_data<float>() + b * count; };
@@ -700,22 +711,27 @@ ffi::Error MlpBackward(int64_t activation, int64_t norm, ffi::AnyBuffer x, ffi::
     for (size_t l = 0; l < layers; ++l) {
       const int64_t columns = s.sizes[l + 1], size = s.sizes[l] * columns;
       arrays.kernel[l] = in(l, size);
-      arrays.kernel_grad[l] = out(2 * l, size);
-      arrays.bias_grad[l] = out(2 * l + 1, columns);
+      if (parameters) {
+        arrays.kernel_grad[l] = out(2 * l, size);
+        arrays.bias_grad[l] = out(2 * l + 1, columns);
+      }
       if (l + 1 == layers) break;
       float* kept = in(layers + l, s.rows * Padded(columns));
       if (norm) {
         const size_t first = 2 * layers - 1;
         arrays.norm[l] = {in(first + 2 * l, columns), in(first + 2 * l + 1, columns), kept,
                           in(first + 2 * (layers - 1) + l, s.rows)};
-        arrays.scale_grad[l] = out(2 * layers + 2 * l, columns);
-        arrays.shift_grad[l] = out(2 * layers + 2 * l + 1, columns);
+        if (parameters) {
+          arrays.scale_grad[l] = out(2 * layers + 2 * l, columns);
+          arrays.shift_grad[l] = out(2 * layers + 2 * l + 1, columns);
+        }
       } else {
         arrays.kept[l] = kept;
       }
     }
     BackwardOne(s, activation, x.typed_data<float>() + b * s.rows * s.sizes[0],
-                dy.typed_data<float>() + b * s.rows * s.sizes[layers], arrays);
+                dy.typed_data<float>() + b * s.rows * s.sizes[layers], arrays,
+                input ? out(outs.size() - 1, s.rows * s.sizes[0]) : nullptr);
   }
   return ffi::Error::Success();
 }
@@ -735,6 +751,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jrl_mlp_backward, MlpBackward,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("activation")
                                   .Attr<int64_t>("norm")
+                                  .Attr<int64_t>("parameters")
+                                  .Attr<int64_t>("input")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()

@@ -130,7 +130,8 @@ def actor(
     if not ``stochastic``. Other arguments as in :func:`actor_critic`.
     """
     torso, prepare, rank = _torso(env, config)
-    return _network(Actor(torso, env.action, stochastic), prepare, rank, features_first)
+    module = Actor(torso, env.action, stochastic)
+    return _network(module, prepare, rank, features_first, _whole(module, config, rank))
 
 
 def critics(env: Environment, config: TorsoConfig, num: int, *, features_first: bool = False) -> Network:
@@ -144,7 +145,8 @@ def critics(env: Environment, config: TorsoConfig, num: int, *, features_first: 
     torso, prepare, rank = _torso(env, config)
     if isinstance(env.action, Discrete):
         member = functools.partial(QNetwork, torso, env.action.n)
-        return _network(Ensemble(member, num), prepare, rank, features_first)
+        module = Ensemble(member, num)
+        return _network(module, prepare, rank, features_first, _whole(module, config, rank))
     if rank != 1:
         raise ValueError(
             f"torso={config.torso!r} on {env.name}: values of continuous actions have no cnn, as the action joins the "
@@ -156,7 +158,8 @@ def critics(env: Environment, config: TorsoConfig, num: int, *, features_first: 
         obs, action = obs_and_action
         return jnp.concatenate([prepare(obs), action], axis=-1)
 
-    return _network(Ensemble(member, num), join, rank, features_first)
+    module = Ensemble(member, num)
+    return _network(module, join, rank, features_first, _whole(module, config, rank))
 
 
 def check_torso(config: TorsoConfig) -> None:
@@ -210,7 +213,7 @@ def _torso(
 
 
 def _whole(
-    module: ActorCritic | QNetwork, config: TorsoConfig, rank: int, *, fuse: bool = False
+    module: ActorCritic | QNetwork | Actor | Ensemble, config: TorsoConfig, rank: int, *, fuse: bool = False
 ) -> Callable[[PyTree, jax.Array], PyTree] | None:
     """Return what computes the module from its parameters by one kernel, None where it goes layer by layer."""
     sizes = module.sizes(config.hidden_sizes)

@@ -210,19 +210,45 @@ class Actor(nn.Module):
         mean = _batch_first(linear(size), features_first)
         if not self.stochastic:
             return mean
-        return mean, -5.0 + 3.5 * (jnp.tanh(_batch_first(linear(size), features_first)) + 1.0)
+        return mean, _bounded(_batch_first(linear(size), features_first))
+
+    def sizes(self, hidden_sizes: Sequence[int]) -> list[int]:
+        """Return the layers' outputs, heads side by side."""
+        heads = 1 + (isinstance(self.action, Box) and self.stochastic)
+        return [*hidden_sizes, heads * _policy_outputs(self.action)]
+
+    def whole(self, params: Any, x: jax.Array, *, mlp: WholeMLP, activation: str) -> Any:
+        """Return what calling it does, ``x [..., F]``, of a torso that is an :class:`MLP`, by one call of ``mlp``."""
+        own = params["params"]
+        heads = [fused.Layer(**own[name]) for name in ("Dense_0", "Dense_1") if name in own]
+        both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *heads)
+        output = _through(mlp, own["MLP_0"], both, x, activation)
+        if len(heads) == 1:
+            return output
+        mean, log_std = jnp.split(output, 2, axis=-1)
+        return mean, _bounded(log_std)
 
 
 class Ensemble(nn.Module):
     """Several copies of a network of action values, each with parameters of its own: ``[..., K, A]``."""
 
-    member: Callable[[], nn.Module]
+    member: Callable[..., QNetwork]
     num: int
 
     @nn.compact
     def __call__(self, x: jax.Array, *, features_first: bool = False) -> jax.Array:
         """Return the values of all members; features first or not, as ``x`` is."""
         return jnp.stack([self.member()(x, features_first=features_first) for _ in range(self.num)], axis=-2)
+
+    def sizes(self, hidden_sizes: Sequence[int]) -> list[int]:
+        """Return the outputs of a member's layers."""
+        return self.member(parent=None).sizes(hidden_sizes)
+
+    def whole(self, params: Any, x: jax.Array, *, mlp: WholeMLP, activation: str) -> jax.Array:
+        """Return what calling it does, of members that are a :class:`QNetwork`: a call of ``mlp`` each."""
+        own = [{"params": params["params"][f"QNetwork_{i}"]} for i in range(self.num)]
+        whole = self.member(parent=None).whole
+        return jnp.stack([whole(one, x, mlp=mlp, activation=activation) for one in own], axis=-2)
 
 
 def distribution(action: ActionSpace) -> Callable[[Any], Any]:
@@ -255,6 +281,10 @@ def _policy_outputs(action: ActionSpace) -> int:
         case Box(shape=shape):
             return _box_size(shape)
     raise TypeError(f"no policy head for the action space {action!r}")
+
+
+def _bounded(log_std: jax.Array) -> jax.Array:
+    return -5.0 + 3.5 * (jnp.tanh(log_std) + 1.0)
 
 
 def _box_size(shape: tuple[int, ...]) -> int:

@@ -10,9 +10,10 @@ Each device of the CPU computes its own calls on its own thread, so that two dev
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from jrl.native import build
 from jrl.networks.fused import Layer
 from jrl.networks.mlp import ACTIVATIONS as FUNCTIONS
+from jrl.types import PyTree
 
 ACTIVATIONS = ("tanh", "relu")
 """What it computes, by the number that the source has for it."""
@@ -64,8 +66,8 @@ def mlp(layers: Sequence[Layer], x: jax.Array, activation: str, norms: Sequence[
     """Return ``W_k act(… act(x W_1 + b_1) …) + b_k``: float32 ``[..., F] -> [..., K]``.
 
     Equal to the layers one by one, to rounding (tanh to 6 units in the last place, XLA's to 5), and the same bits for
-    a row in whatever batch it is. Differentiable in reverse mode, once; under ``jax.vmap`` each member has its own
-    weights. A wide ``x`` that is nearly all zeros, as boards and one-hot vectors are, takes a fraction of the time.
+    a row in whatever batch it is. Differentiable in reverse mode, once, by one call for whatever is asked of: the
+    parameters, ``x``, or both; under ``jax.vmap`` each member has its own weights. A wide ``x`` that is nearly all zeros, as boards and one-hot vectors are, takes a fraction of the time.
 
     Args:
         layers: two to eight.
@@ -109,10 +111,26 @@ def reference(activation: str, layers: Sequence[Layer], norms: Sequence[Norm], x
 
 
 def _call(
-    name: str, activation: str, norms: Sequence[Norm], outputs: Sequence[tuple[int, ...]], *args: jax.Array
+    name: str,
+    activation: str,
+    norms: Sequence[Norm],
+    outputs: Sequence[tuple[int, ...]],
+    *args: jax.Array,
+    **attributes: bool,
 ) -> list[jax.Array]:
-    attributes = {"activation": np.int64(ACTIVATIONS.index(activation)), "norm": np.int64(bool(norms))}
-    return build.call(name, outputs, *args, attributes=attributes)
+    numbers = {"activation": ACTIVATIONS.index(activation), "norm": bool(norms), **attributes}
+    return build.call(
+        name, outputs, *args, attributes={name: np.int64(value) for name, value in numbers.items()}
+    )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a gradient is asked of."""
+
+    parameters: bool
+    input: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,9 +140,12 @@ def _run(activation: str, layers: tuple[Layer, ...], norms: tuple[Norm, ...], x:
     return _call(FORWARD, activation, norms, outputs, x, *jax.tree.leaves((layers, norms)))[0]
 
 
-def _run_forward(
-    activation: str, layers: tuple[Layer, ...], norms: tuple[Norm, ...], x: jax.Array
-) -> tuple[jax.Array, tuple]:
+def _run_forward(activation: str, layers: PyTree, norms: PyTree, x: Any) -> tuple[jax.Array, tuple]:
+    # Each leaf says whether it is differentiated: a loss asks for the parameters' gradients and not for the
+    # observations', a policy that is to raise a critic's values for the actions' and not for the critic's.
+    params = layers, norms
+    asked = _Asked(any(leaf.perturbed for leaf in jax.tree.leaves(params)), x.perturbed)
+    (layers, norms), x = jax.tree.map(lambda leaf: leaf.value, (params, x))
     lanes, rows = build.load().jrl_lanes(), x.shape[0]
     *hidden, last = [layer.bias.shape[0] for layer in layers]
     # Of each hidden layer its activations in whole vectors, or with layer norm what they are made of.
@@ -132,19 +153,29 @@ def _run_forward(
     y, *residuals = _call(
         FORWARD, activation, norms, [(rows, last), *kept], x, *jax.tree.leaves((layers, norms))
     )
-    return y, (layers, norms, x, residuals)
+    return y, (asked, layers, norms, x, residuals)
 
 
 def _run_backward(activation: str, residuals: tuple, grad: jax.Array) -> tuple:
-    layers, norms, x, kept = residuals
+    asked, layers, norms, x, kept = residuals
     params = layers, norms
     kernels, hidden = [layer.kernel for layer in layers], len(layers) - 1
-    outputs = [leaf.shape for leaf in jax.tree.leaves(params)]
+    outputs = [leaf.shape for leaf in jax.tree.leaves(params) if asked.parameters]
     args = [*kernels, *kept[:hidden], *jax.tree.leaves(norms), *kept[hidden:]]
-    grads = _call(BACKWARD, activation, norms, outputs, x, grad, *args)
-    # Of observations, seldom asked for: where it is not, nothing of this is compiled.
-    _, pull = jax.vjp(lambda x: reference(activation, layers, norms, x), x)
-    return *jax.tree.unflatten(jax.tree.structure(params), grads), pull(grad)[0]
+    grads = _call(
+        BACKWARD,
+        activation,
+        norms,
+        outputs + [x.shape] * asked.input,
+        x,
+        grad,
+        *args,
+        parameters=asked.parameters,
+        input=asked.input,
+    )
+    of_x = grads.pop() if asked.input else None
+    of_params = jax.tree.unflatten(jax.tree.structure(params), grads) if asked.parameters else (None, None)
+    return *of_params, of_x
 
 
-_run.defvjp(_run_forward, _run_backward)
+_run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)

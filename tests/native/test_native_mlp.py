@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import dqn, networks, ppo, pqn
+from jrl import a2c, dqn, networks, ppo, pqn, reinforce, sac, td3
 from jrl.bench import work
 from jrl.networks import native
 from jrl.networks.fused import Layer
@@ -86,6 +86,47 @@ def test_of_an_input_that_is_nearly_all_zeros_too(sizes, rows):
     compare(layers(sizes), norms_of(sizes) if rows == 49 else (), x, "relu")
     # The zeros give nothing, in whatever way: with one block full and the next one empty.
     compare(layers(sizes), (), jnp.concatenate([jnp.ones_like(x), x, jnp.zeros((48, sizes[0]))]), "tanh")
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((5, 20, 33, 3), 51), ((8, 16, 24), 40)])
+def test_only_the_gradients_asked_for_are_computed_and_they_are_the_same_bits(sizes, rows):
+    params, x = (layers(sizes), norms_of(sizes)), jax.random.normal(jax.random.key(1), (rows, sizes[0]))
+
+    def loss(params, x):
+        return (native.mlp(params[0], x, "relu", params[1]) ** 2).sum()
+
+    both = jax.grad(loss, argnums=(0, 1))
+    of_params, of_x = both(params, x)
+    for i, whole in enumerate((of_params, of_x)):
+        one = jax.grad(loss, argnums=i)
+        jax.tree.map(np.testing.assert_array_equal, one(params, x), whole)
+        assert_equal(
+            jax.jit(jax.vmap(one))(*stacked(params, x)), jax.tree.map(lambda leaf: leaf[None], whole)
+        )
+        num = len(jax.tree.leaves(whole))
+        assert backward_outputs(one, params, x) == num < backward_outputs(both, params, x)
+    # Through a scan, as a round of updates is, and with the other part a constant of the loss.
+    _, one = jax.lax.scan(lambda carry, x: (carry, jax.grad(loss)(carry, x)), params, x[None])
+    assert_equal(jax.tree.map(lambda leaf: leaf[0], one), of_params)
+    assert backward_outputs(jax.grad(lambda x: loss(jax.lax.stop_gradient(params), x)), x) == 1
+
+
+def stacked(*trees):
+    return jax.tree.map(lambda leaf: leaf[None], trees)
+
+
+def backward_outputs(function, *args):
+    """The arrays that calls of the kernel for the gradient return."""
+
+    def of(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.params.get("target_name", "").startswith(native.BACKWARD):
+                yield len(equation.outvars)
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+                if hasattr(inner, "jaxpr"):
+                    yield from of(inner.jaxpr)
+
+    return sum(of(jax.make_jaxpr(function)(*args).jaxpr))
 
 
 def test_the_norm_is_that_of_flax():
@@ -189,6 +230,29 @@ def test_a_step_of_dqn_is_the_same(change):
     assert_equal(steps("native"), steps("xla"))
 
 
+OFF_POLICY = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 16}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "change"),
+    [
+        (sac, "Pendulum-v1", OFF_POLICY),
+        (sac, "CartPole-v1", OFF_POLICY | {"layer_norm": True}),
+        (td3, "Pendulum-v1", OFF_POLICY),
+        (a2c, "CartPole-v1", {"num_envs": 4, "unroll_length": 8}),
+        (reinforce, "Pendulum-v1", {"num_envs": 4, "unroll_length": 8}),
+    ],
+)
+def test_a_step_of_other_algorithms_is_the_same(module, name, change):
+    def step(kernels):
+        algo = module.make(jrl.make(name), module.Config(hidden_sizes=(16, 12), kernels=kernels, **change))
+        hparams = module.HParams()
+        state, metrics = jax.jit(algo.step)(jax.jit(algo.init)(KEY, hparams), hparams)
+        return state.params, metrics["loss"], metrics["grad_norm"]
+
+    assert_equal(step("native"), step("xla"))
+
+
 def test_a_step_of_pqn_is_the_same():
     """On a board, whose first layer goes by its entries, and with layer norm."""
 
@@ -223,6 +287,13 @@ def test_its_work_is_counted_as_that_of_the_layers(normed):
     theirs = counted(lambda p, norms, x: native.reference("tanh", p, norms, x))
     assert ours.transcendentals == theirs.transcendentals > 0
     # The last layer's output is computed by it although its sum alone would not need it for a gradient.
+    assert ours.flops - theirs.flops == 2 * 2 * 51 * 33 * 3
+
+    def counted_of_x(function):
+        return work.count(jax.grad(lambda x: jax.vmap(lambda p, x: function(*p, x))(params, x).sum()), x)
+
+    ours = counted_of_x(lambda p, norms, x: native.mlp(p, x, "tanh", norms))
+    theirs = counted_of_x(lambda p, norms, x: native.reference("tanh", p, norms, x))
     assert ours.flops - theirs.flops == 2 * 2 * 51 * 33 * 3
 
 
