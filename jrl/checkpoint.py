@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -104,22 +105,24 @@ def save(
     _wait_for_all("made")
     # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
     arrays = {path: array for path, array in arrays.items() if array.size}
-    if arrays:
-        with _quiet_orbax() as checkpointer:
-            checkpointer.save(unfinished / _ARRAYS, arrays, save_args=dict.fromkeys(arrays, _in_pieces()))
-    _wait_for_all("written")
     final = _path(folder, step)
+    with _removed_if_it_fails(unfinished):
+        if arrays:
+            with _quiet_orbax() as checkpointer:
+                checkpointer.save(unfinished / _ARRAYS, arrays, save_args=dict.fromkeys(arrays, _in_pieces()))
+        _wait_for_all("written")
+        if first:
+            record = {
+                "format": FORMAT,
+                "step": step,
+                "metadata": metadata or {},
+                "leaves": leaves,
+                "files": _checksums(unfinished),
+            }
+            write_json(unfinished / _METADATA, record)
+            for file in _files(unfinished):
+                _flush(file)
     if first:
-        record = {
-            "format": FORMAT,
-            "step": step,
-            "metadata": metadata or {},
-            "leaves": leaves,
-            "files": _checksums(unfinished),
-        }
-        write_json(unfinished / _METADATA, record)
-        for file in _files(unfinished):
-            _flush(file)
         if final.exists():
             _discard(final)
         unfinished.rename(final)
@@ -130,6 +133,23 @@ def save(
                     _discard(_path(folder, old))
     _wait_for_all("complete")
     return final
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(unfinished: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that could not be written, as on a full disk it would take what room there is.
+
+    The system's errors are OSErrors then, of orbax's too, whose storage library has ValueErrors for them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:  # others may still be writing
+            shutil.rmtree(unfinished, ignore_errors=True)
+        code = re.search(r"os_error_code='?(\d+)", str(error)) if isinstance(error, ValueError) else None
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(unfinished.parent)) from error
 
 
 def _wait_for_all(what: str) -> None:
@@ -408,12 +428,13 @@ def _in_pieces() -> Any:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[Any]:
-    """Open an orbax checkpointer, its informational log switched off; imported here because it is slow."""
+    """Open an orbax checkpointer, its log switched off; imported here because it is slow."""
     log = logging.getLogger("absl")
     level = log.level
     import orbax.checkpoint as ocp
 
-    log.setLevel(max(level, logging.ERROR))  # it warns of every checkpoint that is not OCDBT
+    # It warns of every checkpoint that is not OCDBT, and tells of an error, from every thread, that is raised as well.
+    log.setLevel(max(level, logging.CRITICAL))
     try:
         # One file for each piece of a leaf. In orbax's other layout (OCDBT) everything compressed is held in
         # memory until the end, as much again as the state; what several processes write it puts together.

@@ -118,9 +118,14 @@ def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
 def _configure(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
     """Put XLA's settings in place: for a sweep on a CPU each core is a device, unless ``--devices`` says otherwise.
 
-    What goes on with a run compiles as the run did.
+    What goes on with a run or looks at it compiles as the run did; what begins one, over an earlier one too, as it is
+    told to.
     """
-    quick = QUICK in args or any(records.compiled_quickly(Path(arg)) for arg in args[1:])
+    begins = (
+        bool(args) and args[0] in ("train", "pretrain", "distill", "sweep", "plan") and "--resume" not in args
+    )
+    named = () if begins else (arg.rpartition("=")[2] for arg in args[1:])
+    quick = QUICK in args or any(records.compiled_quickly(Path(arg)) for arg in named)
     sweeps = bool(args) and args[0] in ("sweep", "plan")
     sweeps |= bool(args) and args[0] == "resume" and any(_is_sweep(Path(arg)) for arg in args[1:])
     if not sweeps:  # nor is any network but jrl's own vmapped

@@ -53,7 +53,7 @@ def inspect(
     files = [Path(path) / "episode.png"]
     episode_figure(jax.device_get(follow(jax.random.key(seed), policy)), out=files[0])
     if loaded.env.name == "GridWorld-jrl":
-        given = records.read_run(path).get("env_kwargs", {})
+        given = records.read_run(path)["environment"]["kwargs"]
         rows, columns = given.get("rows", 4), given.get("columns", 4)
         num_cells = rows * columns
         cells = jnp.arange(num_cells) if given.get("raw") else jnp.eye(num_cells)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jrl import checkpoint, records
 from jrl.configuration import Setup, named_leaves
-from jrl.records import CorruptCheckpointError, NonFiniteError, RunWarning
+from jrl.records import CorruptCheckpointError, NonFiniteError, RunError, RunWarning
 
 _SAVING_SHARE = 20  # saving takes at most one part in this many of the time
 
@@ -61,12 +61,18 @@ class Saver:
         self._held = (held, step, {"env_steps": env_steps, "seconds": seconds})
 
     def write(self) -> None:
-        """Write what :meth:`take` holds, if anything."""
+        """Write what :meth:`take` holds, if anything; raises RunError where the disk does not take it."""
         if self._held is None:
             return
         held, step, metadata = self._held
         began = time.perf_counter()
-        checkpoint.save(self._folder, held, step, metadata=metadata, keep=self._record["keep"])
+        try:
+            checkpoint.save(self._folder, held, step, metadata=metadata, keep=self._record["keep"])
+        except OSError as error:
+            raise RunError(
+                f"cannot write a checkpoint into {self._folder}: {error.strerror or error}. What was saved before is "
+                f"intact; make room, then go on: jrl resume {self._folder.parent}"
+            ) from error
         took = time.perf_counter() - began
         self._held, self._saved_step, self.last_env_steps = None, step, metadata["env_steps"]
         self._next_time = time.perf_counter() + max(self._pause, _SAVING_SHARE * took)

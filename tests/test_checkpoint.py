@@ -1,7 +1,9 @@
 """Saving and restoring states: bit-exact, atomic, and clear about what is wrong."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -80,6 +82,25 @@ def test_a_snapshot_survives_donation(tmp_path):
     jax.jit(lambda state: {"x": state["x"] + 1}, donate_argnums=0)(state)
     checkpoint.save(tmp_path, held, 0)
     np.testing.assert_array_equal(checkpoint.restore(tmp_path, {"x": jnp.zeros(4)})["x"], np.arange(4.0))
+
+
+@pytest.fixture
+def small_files():
+    """No file of more than 64 KB: the system's error comes as that of a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_the_disk_does_not_take_is_an_oserror_and_leaves_nothing(tmp_path, small_files):
+    small, large = {"x": np.ones(4, np.float32)}, {"x": np.random.default_rng(0).normal(size=100_000)}
+    checkpoint.save(tmp_path, small, 1)
+    with pytest.raises(OSError, match=str(tmp_path)) as raised:
+        checkpoint.save(tmp_path, large, 2)
+    assert raised.value.errno == errno.EFBIG
+    assert [entry.name for entry in tmp_path.iterdir()] == ["000000000001"]
+    assert_same(checkpoint.restore(tmp_path, small), small)
 
 
 def test_the_newest_are_kept(tmp_path):

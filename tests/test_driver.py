@@ -1,7 +1,9 @@
 """A run from Python: its files, its numbers, its errors."""
 
+import errno
 import json
 import math
+import os
 import shlex
 import signal
 import threading
@@ -608,3 +610,14 @@ def test_a_run_longer_than_its_annealing_is_told():
     driver._warn_of_zero_step_size(setup, 1000)  # no warning: those are errors here
     constant = configuration.build("ppo", "CartPole-v1", hparams={"anneal_env_steps": 0.0})
     driver._warn_of_zero_step_size(constant, 5000)
+
+
+def test_a_full_disk_says_what_is_intact_and_how_to_go_on(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(RunError, match=rf"No space left on device.*intact; make room.*jrl resume {out}$"):
+        run(out)

@@ -116,3 +116,21 @@ def test_the_command_draws_an_episode_and_a_grid(tmp_path, capsys):
     for name in ("episode.png", "grid.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert cli.main(["inspect", str(out), "--steps", "0"]) != 0
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_command_draws_the_grid_that_the_run_was_on(tmp_path, monkeypatch, raw):
+    kwargs = {"rows": 2, "columns": 3, "goals": [5], "traps": [], "raw": raw}
+    out = tmp_path / "run"
+    common = {"out": out, "eval_episodes": 0, "progress": "none"}
+    result = jrl.run("tabular", "GridWorld-jrl", env_kwargs=kwargs, env_steps=4_000, **common)
+    drawn = []
+    monkeypatch.setattr(
+        inspection_plots, "grid_figure", lambda value, arrows, out: drawn.append((value, arrows))
+    )
+    inspection_plots.inspect(out, num_steps=5)
+    ((value, arrows),) = drawn
+    table = np.asarray(result.state.params)
+    assert np.ptp(table.max(-1)) > 0
+    np.testing.assert_array_equal(value, table.max(-1).reshape(2, 3))
+    np.testing.assert_array_equal(arrows, inspection.ARROWS[table.argmax(-1)].reshape(2, 3, 2))

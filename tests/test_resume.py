@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import checkpoint, driver, records
+from jrl import checkpoint, cli, driver, records, xla
 
 PPO = {
     "num_envs": 2, "unroll_length": 8, "num_minibatches": 2, "num_epochs": 1, "hidden_sizes": (4,),
@@ -142,6 +142,27 @@ def test_ctrl_c_on_a_terminal_saves_and_resume_ends_in_the_same_bits(tmp_path):
     whole = tmp_path / "whole"
     jrl.run("dqn", "CartPole-v1", config=DQN, env_steps=total, out=whole, eval_episodes=2, progress="none")
     assert final_bits(out) == final_bits(whole)
+
+
+def test_what_begins_a_run_over_another_compiles_as_it_is_told(tmp_path):
+    out = tmp_path / "run"
+    common = {"config": PPO, "env_steps": 64, "eval_episodes": 0, "progress": "none"}
+    jrl.run("ppo", "CartPole-v1", out=out, **common)
+    record = json.loads((out / "run.json").read_text())
+    record["versions"]["compiler"] = "quick"
+    (out / "run.json").write_text(json.dumps(record))
+    for args, quick in [
+        (["resume", out], True),
+        (["eval", out], True),
+        (["sweep", "ppo", f"--out={out}", "--resume"], True),
+        (["train", "ppo", "--out", out, "--overwrite"], False),
+        (["train", "grpo", "--model", out], False),
+        (["distill", out], False),
+        (["train", "ppo", "--out", out, "--overwrite", "--quick-compile"], True),
+    ]:
+        environ = {}
+        cli._configure([str(arg) for arg in args], environ)
+        assert xla.compiles_quickly(environ) == quick, args
 
 
 def test_what_goes_on_with_a_run_compiles_as_the_run_did(tmp_path):

@@ -80,8 +80,8 @@ def actions(env: Environment, algorithm: str, *kinds: type) -> None:
         len(action.shape) == 1 and np.isfinite(action.low).all() and np.isfinite(action.high).all()
     ):
         raise ValueError(
-            f"{algorithm} on {env.name} with actions {action!r}: the Box must be a "
-            "vector with finite bounds; use jrl.ppo, or give the environment other bounds."
+            f"{algorithm} on {env.name} with actions {action!r}: the Box must be a vector with finite bounds; flatten "
+            "the action, or give the environment other bounds (jrl.ppo needs none)."
         )
 
 

@@ -29,6 +29,7 @@ from jrl.types import (
     Environment,
     FiniteObservation,
     Key,
+    MaskedObservation,
     Memory,
     Metrics,
     Policy,
@@ -124,7 +125,7 @@ def make(
         high: likewise.
 
     Raises:
-        TypeError: ``env`` or ``config`` is not what it should be, or the actions are not Discrete.
+        TypeError: ``env`` or ``config`` is not what it should be, the actions are not Discrete, or they are masked.
         ValueError: ``env`` is vectorised already, or bounds are needed and unknown.
     """
     config = checks.config(config, Config)
@@ -133,6 +134,11 @@ def make(
         raise TypeError(
             f"linear on {env.name} with actions {env.action!r}: each action has its own weights; wrap the "
             "environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    if isinstance(env.observation, MaskedObservation):
+        raise TypeError(
+            f"linear on {env.name} with a mask of its actions: it has no place for one; use jrl.dqn or jrl.ppo, which "
+            "keep to it, or an environment without it."
         )
     if features is None:
         features = default_features(env, config, low, high)

@@ -65,9 +65,10 @@ def check(sizes: Sequence[int], activation: str) -> None:
 def mlp(layers: Sequence[Layer], x: jax.Array, activation: str, norms: Sequence[Norm] = ()) -> jax.Array:
     """Return ``W_k act(… act(x W_1 + b_1) …) + b_k``: float32 ``[..., F] -> [..., K]``.
 
-    Equal to the layers one by one, to rounding (tanh to 6 units in the last place, XLA's to 5), and the same bits for
-    a row in whatever batch it is. Differentiable in reverse mode, once, by one call for whatever is asked of: the
-    parameters, ``x``, or both; under ``jax.vmap`` each member has its own weights. A wide ``x`` that is nearly all zeros, as boards and one-hot vectors are, takes a fraction of the time.
+    Equal to the layers one by one, to rounding (tanh to 6 units in the last place, XLA's to 5), and the same bits
+    for a row in whatever batch it is. Differentiable in reverse mode, once, by one call for whatever is asked of:
+    the parameters, ``x``, or both; under ``jax.vmap`` each member has its own weights. A wide ``x`` that is nearly
+    all zeros, as boards and one-hot vectors are, takes a fraction of the time.
 
     Args:
         layers: two to eight.

@@ -86,5 +86,10 @@ def test_what_is_wrong_is_named():
         linear.tile_coding([1.0], [0.0], num_tilings=2, tiles=2)
     with pytest.raises(TypeError, match=r"linear on Pendulum-v1 with actions .*discretize_actions"):
         linear.make(jrl.make("Pendulum-v1"))
+    masked = jrl.envs.action_mask(jrl.make("CartPole-v1"), lambda obs, params: jnp.array([True, False]))
+    with pytest.raises(
+        TypeError, match=r"linear on .*CartPole-v1.* with a mask of its actions.*use jrl\.dqn"
+    ):
+        linear.make(masked, features=lambda obs: obs.obs)
     with pytest.raises(ValueError, match=r"target='dqn': must be one of sarsa, q_learning"):
         linear.Config(target="dqn")
