@@ -193,7 +193,8 @@ def test_members_start_side_by_side_on_eight_devices_as_they_do_alone(kernel):
     keys = jax.random.split(jax.random.key(3), 16)
     together = side_by_side(lambda key: kernel.algo.init(key, kernel.hparams), keys)
     for i in range(16):
-        assert_close(of_member(together, i), kernel.init(keys[i], kernel.hparams), rtol=1e-5)
+        # A replay packs two halves into a word, of which a last place of the upper one is up to 1e-3.
+        assert_close(of_member(together, i), kernel.init(keys[i], kernel.hparams), rtol=2e-3)
 
 
 # Loops are traced and compiled as wholes also outside of jit, which shows only in what a step computes outside of
