@@ -103,8 +103,9 @@ def test_returns_are_those_of_first_episodes_as_far_as_they_go():
         num_tasks=2, num_envs=3, unroll_length=2, hidden_sizes=(4,), task_parameter="gravity"
     )
     algo, hparams = maml.make(env, config), maml.HParams(task_low=9.0, task_high=10.0)
-    state = algo.init(jax.random.key(0), hparams)
-    _, returns = maml.adaptation(env, config)(jax.random.key(1), state.params, hparams, 1)
+    state = jax.jit(algo.init)(jax.random.key(0), hparams)
+    adapt = jax.jit(maml.adaptation(env, config), static_argnums=3)
+    _, returns = adapt(jax.random.key(1), state.params, hparams, 1)
     np.testing.assert_array_equal(returns, [2.0, 2.0])
     _, metrics = jax.jit(algo.step)(state, hparams)
     assert (metrics["num_episodes"], metrics["initial_episode_return"], metrics["episode_return"]) == (

@@ -50,6 +50,14 @@ def run(case, num_devices):
     return Run(algo, pqn.HParams() if case == "pqn" else HPARAMS)
 
 
+@functools.cache
+def in_one_piece():
+    """ "discrete" without shards, its jitted step, a start, and what a step makes of it. For optimized tests."""
+    algo = CASES["discrete"]()
+    start, step = jax.jit(algo.init)(jax.random.key(0), HPARAMS), jax.jit(algo.step)
+    return algo, step, start, step(start, HPARAMS)
+
+
 def raw(tree):
     """The leaves by path as NumPy arrays, keys as their data."""
     named = jax.tree_util.tree_leaves_with_path(tree)
@@ -129,13 +137,12 @@ def test_the_loop_exchanges_one_vector_a_minibatch_and_no_data(num_devices):
 
 @pytest.mark.optimized  # the same bits as "discrete" above
 def test_it_starts_as_the_run_in_one_piece_does_and_counts_its_steps():
-    whole = CASES["discrete"]()
+    whole, step, start, _ = in_one_piece()
     several = run("discrete", 8)
     assert several.algo.env_steps_per_step == whole.env_steps_per_step == 16 * 8
-    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
     assert_close(several.start, start, rtol=0)
     assert jrl.ops.counter.to_int(several.second.env_steps) == 2 * 16 * 8
-    _, metrics = jax.jit(whole.step)(several.first, HPARAMS)  # continued in one piece
+    _, metrics = step(jax.device_put(several.first, jax.devices()[0]), HPARAMS)  # continued in one piece
     assert metrics.keys() == several.second_metrics.keys()
 
 
@@ -206,23 +213,18 @@ def test_what_cannot_be_split_says_so():
 @pytest.mark.optimized
 def test_one_shard_is_the_run_in_one_piece():
     one = data_parallel(CASES["discrete"], jax.devices()[:1])
-    whole = CASES["discrete"]()
-    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
-    np.testing.assert_array_equal(
-        jax.jit(one.step)(start, HPARAMS)[1]["loss"], jax.jit(whole.step)(start, HPARAMS)[1]["loss"]
-    )
+    _, _, start, (_, metrics) = in_one_piece()
+    np.testing.assert_array_equal(jax.jit(one.step)(start, HPARAMS)[1]["loss"], metrics["loss"])
 
 
 @pytest.mark.optimized  # the same bits as the run in one piece
 def test_one_device_that_is_not_the_default_one_computes_the_run():
     device = jax.devices()[3]
-    whole = CASES["discrete"]()
     there = data_parallel(CASES["discrete"], [device])
     state = jax.jit(there.init)(jax.random.key(0), HPARAMS)
     stepped, metrics = jax.jit(there.step)(state, HPARAMS)
     assert all(leaf.devices() == {device} for leaf in jax.tree.leaves((state, stepped, metrics)))
-    start = jax.jit(whole.init)(jax.random.key(0), HPARAMS)
-    assert_close((stepped, metrics), jax.jit(whole.step)(start, HPARAMS), rtol=0)
+    assert_close((stepped, metrics), in_one_piece()[-1], rtol=0)
 
 
 def test_it_says_which_environment_it_was_made_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -30,12 +31,20 @@ def learn(env, config, num_steps, *, learners=LEARNERS, module=tabular, make=Non
     """The final states of many independent learners, and their metrics ``[learners, num_steps]``."""
     algo = module.make(env, config, **(make or {}))
     hparams = module.HParams(**numbers)
-    run = jax.jit(jax.vmap(lambda state: jrl.train(algo, state, hparams, num_steps=num_steps)))
-    return jax.device_get(run(start(algo, hparams, learners)))
+
+    def one(key):  # one program, of whose two parts each would take its time to compile
+        return jrl.train(algo, algo.init(key, hparams), hparams, num_steps=num_steps)
+
+    return jax.device_get(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), learners)))
 
 
 def optimum(env, gamma):
-    return jax.device_get(mdp.policy_iteration(to_mdp(env, gamma).mdp))
+    return jax.device_get(mdp.policy_iteration(jax.jit(lambda: to_mdp(env, gamma).mdp)()))
+
+
+@functools.cache
+def optimum_of_the_grid():
+    return optimum(GRID, 0.9)
 
 
 # ------------------------------------------------------------------------------------------ known answers
@@ -53,7 +62,7 @@ def optimum(env, gamma):
     ids=str,
 )
 def test_the_grid_of_the_articles(choices):
-    solution = optimum(GRID, 0.9)
+    solution = optimum_of_the_grid()
     num_steps = 100 if "planning_updates" in choices else 800
     state, _ = learn(
         GRID, tabular.Config(**choices), num_steps, gamma=0.9, learning_rate=0.5, epsilon_start=1.0
@@ -105,10 +114,9 @@ def test_cliff_walking():
     """Sutton and Barto, example 6.6: Q-learning takes the edge, SARSA with ε = 0.1 the way around."""
     cliff = jrl.make("CliffWalking-jrl", raw=True)
     numbers = {"gamma": 1.0, "epsilon_start": 0.1}
-    q_state, _ = learn(cliff, tabular.Config(), 800, learning_rate=0.5, **numbers)
+    q_state, q_learning = learn(cliff, tabular.Config(), 800, learning_rate=0.5, **numbers)
     assert [len(greedy_path(q)) for q in q_state.params] == [13] * LEARNERS
     sarsa_state, sarsa = learn(cliff, tabular.Config(target="sarsa"), 800, learning_rate=0.5, **numbers)
-    _, q_learning = learn(cliff, tabular.Config(), 800, learning_rate=0.5, **numbers)
     # One noisy table may loop; the mean of sixteen shows the way that all of them take.
     safe = greedy_path(sarsa_state.params.mean(0))
     assert len(safe) == 17
@@ -318,7 +326,7 @@ def test_learning_stops_when_nothing_changes_and_not_before():
     run = jax.jit(jax.vmap(lambda s: tabular.train_until_converged(algo, s, hparams, max_steps=2000)))
     state = jax.device_get(run(start(algo, hparams)))
     assert state.converged.all()
-    assert np.abs(state.params - optimum(GRID, 0.9).q).max() < 5e-3
+    assert np.abs(state.params - optimum_of_the_grid().q).max() < 5e-3
     taken = state.env_steps[:, 0]
     assert (taken < 2000 * 64).all()
     assert len(set(taken.tolist())) > 1  # each stops by itself
@@ -327,7 +335,7 @@ def test_learning_stops_when_nothing_changes_and_not_before():
     np.testing.assert_array_equal(more.params, state.params)
     # A sea without treasure found yet: no change at all is not convergence.
     sea = tabular.make(jrl.make("DeepSea-jrl", size=20, raw=True, params={"move_cost": 0.0}))
-    state, metrics = jrl.train(sea, sea.init(jax.random.key(0), hparams), hparams, num_steps=100)
+    state, metrics = jrl.train(sea, jax.jit(sea.init)(jax.random.key(0), hparams), hparams, num_steps=100)
     assert metrics["largest_change"].max() == 0
     assert not state.converged
     with pytest.raises(ValueError, match=r"train_until_converged\(max_steps=0\): must be at least 1"):
@@ -363,7 +371,7 @@ def test_monte_carlo_against_a_slow_loop(visit, step_size):
     config = monte_carlo.Config(visit=visit, step_size=step_size, unroll_length=40)
     algo = monte_carlo.make(env, config)
     hparams = monte_carlo.HParams(gamma=0.8, learning_rate=0.5, epsilon_start=0.9, initial_scale=1.0)
-    before = algo.init(jax.random.key(2), hparams)
+    before = jax.jit(algo.init)(jax.random.key(2), hparams)
     after, _ = jax.jit(algo.step)(before, hparams)
 
     # The same steps again, recorded: the algorithm's own unroll with its own key.

@@ -34,6 +34,11 @@ IDS = {
 }
 
 
+def process_of(env, gamma, params=None):
+    """``to_mdp`` of an environment that knows its process, as one program: op by op it is a hundred small ones."""
+    return jax.jit(lambda params: to_mdp(env, gamma, params=params))(env.params if params is None else params)
+
+
 @functools.cache
 def sampled(env_id):
     """4,096 copies for 50 steps with random actions; arrays of NumPy."""
@@ -59,7 +64,7 @@ def sampled(env_id):
 @pytest.mark.parametrize("env_id", IDS)
 def test_what_is_sampled_is_the_exact_process(env_id):
     env, (first, (obs, action, out)) = sampled(env_id)
-    model = to_mdp(env, 0.9)
+    model = process_of(env, 0.9)
     P, R = np.asarray(model.mdp.P), np.asarray(model.mdp.R)
     num_states = len(R)
     np.testing.assert_allclose(np.bincount(first, minlength=num_states) / 4096, model.start, atol=0.04)
@@ -88,10 +93,10 @@ def test_the_default_observation_is_one_hot(env_id):
     assert raw.observation.n == n
     assert env.name == env_id
     key = jax.random.key(0)
-    _, obs = env.reset(key, env.params)
-    _, index = raw.reset(key, raw.params)
+    _, obs = jax.jit(env.reset)(key, env.params)
+    _, index = jax.jit(raw.reset)(key, raw.params)
     np.testing.assert_array_equal(obs, np.eye(n)[index])
-    model, raw_model = to_mdp(env, 0.9), to_mdp(raw, 0.9)
+    model, raw_model = process_of(env, 0.9), process_of(raw, 0.9)
     np.testing.assert_array_equal(model.obs, np.eye(n))
     np.testing.assert_array_equal(raw_model.obs, np.arange(n))
     jax.tree.map(np.testing.assert_array_equal, model.mdp, raw_model.mdp)
@@ -101,7 +106,7 @@ def test_the_default_observation_is_one_hot(env_id):
 def test_exploring_finds_the_same_process(env_id):
     """A wrapper hides the exact dynamics; the rest is found by stepping. Estimates where steps are random."""
     env = jrl.make(env_id, raw=True, **IDS[env_id])
-    exact = to_mdp(env, 0.9)
+    exact = process_of(env, 0.9)
     deterministic = env_id != "RandomMDP-jrl"
     num_samples = 1 if deterministic else 400
     found = to_mdp(time_limit(env, 10_000), 0.9, num_samples=num_samples)
@@ -136,13 +141,13 @@ def test_the_traffic_light_of_the_articles():
 def test_a_start_may_be_a_parameter():
     sizes = {"rows": 2, "columns": 2, "goals": (3,), "traps": ()}
     drawn = jrl.make("GridWorld-jrl", **sizes, params={"start": -1})
-    np.testing.assert_allclose(to_mdp(drawn, 0.9).start, [1 / 3, 1 / 3, 1 / 3, 0])
+    np.testing.assert_allclose(process_of(drawn, 0.9).start, [1 / 3, 1 / 3, 1 / 3, 0])
     given = drawn.params._replace(start=2)
-    np.testing.assert_array_equal(to_mdp(drawn._replace(params=given), 0.9).start, [0, 0, 1, 0])
-    obs = jax.vmap(drawn.reset, (0, None))(jax.random.split(jax.random.key(0), 16), given)[1]
+    np.testing.assert_array_equal(process_of(drawn._replace(params=given), 0.9).start, [0, 0, 1, 0])
+    obs = jax.jit(jax.vmap(drawn.reset, (0, None)))(jax.random.split(jax.random.key(0), 16), given)[1]
     np.testing.assert_array_equal(obs, np.tile(np.eye(4)[2], (16, 1)))
     fixed = jrl.make("GridWorld-jrl", **sizes, start=-1, params={"start": 1})
-    np.testing.assert_array_equal(to_mdp(fixed, 0.9).start, [0, 1, 0, 0])
+    np.testing.assert_array_equal(process_of(fixed, 0.9).start, [0, 1, 0, 0])
 
 
 def test_parameters_of_another_shape_or_range_are_refused():
@@ -172,7 +177,7 @@ def test_parameters_of_another_shape_or_range_are_refused():
 
 def test_walls_slips_and_random_starts():
     env = jrl.make("GridWorld-jrl", rows=2, columns=2, goals=(3,), traps=(), walls=(1,), start=-1, slip=0.2)
-    model = to_mdp(env, 0.9)
+    model = process_of(env, 0.9)
     np.testing.assert_allclose(model.start, [0.5, 0, 0.5, 0])
     # From 0 to the right is a wall, up the edge; down with half the slip.
     np.testing.assert_allclose(model.mdp.P[0, 1], [0.9, 0, 0.1, 0], atol=1e-7)
@@ -195,13 +200,13 @@ def test_parameters_are_traced_and_swept():
 
 def test_the_maze_of_dyna():
     """Fourteen steps from the start; the cell below the goal is one step away from it."""
-    solution = mdp.value_iteration(to_mdp(jrl.make("GridWorld-jrl", **grid_world.DYNA_MAZE), 0.95).mdp)
+    solution = mdp.value_iteration(process_of(jrl.make("GridWorld-jrl", **grid_world.DYNA_MAZE), 0.95).mdp)
     np.testing.assert_allclose(solution.value[18], 0.95**13, rtol=1e-5)
     np.testing.assert_allclose(solution.value[17], 1.0)
 
 
 def test_cliff_walking():
-    solution = mdp.value_iteration(to_mdp(jrl.make("CliffWalking-jrl"), 1.0).mdp)
+    solution = mdp.value_iteration(process_of(jrl.make("CliffWalking-jrl"), 1.0).mdp)
     assert solution.value[36] == -13
     assert solution.q[36, 1] == -100 - 13
     assert solution.value[47] == 0
@@ -210,14 +215,14 @@ def test_cliff_walking():
 def test_deep_sea_pays_only_the_one_way():
     for seed in (None, 3):
         env = jrl.make("DeepSea-jrl", size=5, seed=seed)
-        solution = mdp.value_iteration(to_mdp(env, 1.0).mdp)
+        solution = mdp.value_iteration(process_of(env, 1.0).mdp)
         np.testing.assert_allclose(solution.value[0], 1.0 - 0.01, rtol=1e-5)
         best = np.asarray(solution.policy).argmax(1).reshape(5, 5)
         np.testing.assert_array_equal(np.diag(best), np.diag(env.params.right))
 
 
 def test_river_swim():
-    process = to_mdp(jrl.make("RiverSwim-jrl"), 0.99).mdp
+    process = process_of(jrl.make("RiverSwim-jrl"), 0.99).mdp
     assert (mdp.policy_iteration(process).policy.argmax(1) == 1).all()
     drift = jnp.eye(2)[jnp.zeros(6, int)]
     np.testing.assert_allclose(mdp.evaluate_policy(process, drift)[0], 0.5, rtol=1e-4)
@@ -225,9 +230,10 @@ def test_river_swim():
 
 def play_blackjack(rng, hands):
     """Hands played card by card with the player's optimal policy; the mean reward."""
-    model = to_mdp(jrl.make("Blackjack-jrl"), 1.0)
-    policy = np.asarray(mdp.policy_iteration(model.mdp).policy).argmax(1)
-    expected = float((model.start * mdp.policy_iteration(model.mdp).value).sum())
+    model = process_of(jrl.make("Blackjack-jrl"), 1.0)
+    solution = mdp.policy_iteration(model.mdp)
+    policy = np.asarray(solution.policy).argmax(1)
+    expected = float((model.start * solution.value).sum())
 
     def best(cards):
         total = sum(cards)
@@ -270,10 +276,11 @@ def test_bairds_features_hold_every_value():
 def test_maximization_bias():
     env = jrl.make("MaximizationBias-jrl", raw=True)
     many = vectorize(env, 20_000)
-    env_state, _ = many.reset(jax.random.key(0), env.params)
-    env_state, out = many.step(jax.random.key(1), env_state, jnp.ones(20_000, int), env.params)
+    env_state, _ = jax.jit(many.reset)(jax.random.key(0), env.params)
+    step = jax.jit(many.step)
+    env_state, out = step(jax.random.key(1), env_state, jnp.ones(20_000, int), env.params)
     assert not (out.terminated | (out.reward != 0)).any()
-    _, out = many.step(jax.random.key(2), env_state, jnp.full(20_000, 7), env.params)
+    _, out = step(jax.random.key(2), env_state, jnp.full(20_000, 7), env.params)
     assert out.terminated.all()
     np.testing.assert_allclose(out.reward.mean(), -0.1, atol=0.03)
     np.testing.assert_allclose(out.reward.std(), 1.0, atol=0.03)
@@ -283,7 +290,7 @@ def test_maximization_bias():
 def test_a_process_becomes_an_environment_and_comes_back():
     process = mdp.random_mdp(jax.random.key(0), 5, 3, 0.9)
     process = process._replace(P=process.P * jnp.array([1.0, 0.5, 1.0])[:, None])
-    model = to_mdp(from_mdp(process, start=np.eye(5)[2]), 0.9)
+    model = process_of(from_mdp(process, start=np.eye(5)[2]), 0.9)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), model.mdp, process)
     np.testing.assert_array_equal(model.start, np.eye(5)[2])
 
@@ -291,9 +298,9 @@ def test_a_process_becomes_an_environment_and_comes_back():
 def test_a_time_limit_truncates():
     env = jrl.make("TrafficLight-jrl", params={"max_steps": 3})
     env_state, _ = env.reset(jax.random.key(0), env.params)
-    flags = []
+    step, flags = jax.jit(env.step), []
     for i in range(6):
-        env_state, out = env.step(jax.random.key(i), env_state, 0, env.params)
+        env_state, out = step(jax.random.key(i), env_state, 0, env.params)
         flags.append((bool(out.terminated), bool(out.truncated)))
     assert flags == [(False, False), (False, False), (False, True)] * 2
 

@@ -41,14 +41,15 @@ def test_gymnax_makes_it_and_steps_as_jrl_does(registered, env_id):
     assert isinstance(theirs, environment.Environment)
     assert theirs.name == env_id
     keys = jax.random.split(jax.random.key(0), 20)
-    obs, state = theirs.reset(keys[0], params)
-    env_state, our_obs = ours.reset(keys[0], ours.params)
+    obs, state = jax.jit(theirs.reset)(keys[0], params)
+    env_state, our_obs = jax.jit(ours.reset)(keys[0], ours.params)
+    their_step, our_step = jax.jit(theirs.step), jax.jit(ours.step)
     np.testing.assert_array_equal(obs, our_obs)
     space = theirs.observation_space(params)
     for key in keys:
         action = theirs.action_space(params).sample(key)
-        obs, state, reward, terminated, truncated, info = theirs.step(key, state, action, params)
-        env_state, out = ours.step(key, env_state, action, ours.params)
+        obs, state, reward, terminated, truncated, info = their_step(key, state, action, params)
+        env_state, out = our_step(key, env_state, action, ours.params)
         jax.tree.map(
             np.testing.assert_array_equal,
             (obs, state.env_state, reward, terminated, truncated, info["final_observation"]),
@@ -103,12 +104,13 @@ def test_there_and_back_again():
     back = jrl.make(to_gymnax(ours))
     assert back.observation == ours.observation
     assert back.action == ours.action
-    env_state, obs = back.reset(jax.random.key(0), back.params)
-    our_state, our_obs = ours.reset(jax.random.key(0), ours.params)
+    env_state, obs = jax.jit(back.reset)(jax.random.key(0), back.params)
+    our_state, our_obs = jax.jit(ours.reset)(jax.random.key(0), ours.params)
+    back_step, our_step = jax.jit(back.step), jax.jit(ours.step)
     np.testing.assert_array_equal(obs, our_obs)
     for i in range(12):
-        env_state, out = back.step(jax.random.key(i), env_state, i % 4, back.params)
-        our_state, our_out = ours.step(jax.random.key(i), our_state, i % 4, ours.params)
+        env_state, out = back_step(jax.random.key(i), env_state, i % 4, back.params)
+        our_state, our_out = our_step(jax.random.key(i), our_state, i % 4, ours.params)
         jax.tree.map(np.testing.assert_array_equal, out, our_out)
 
 

@@ -199,7 +199,7 @@ def test_a_text_of_words_ends_with_a_word_as_one_writes_it(tmp_path):
     config = transformer.Config(
         words.vocab_size, num_layers=1, num_heads=1, num_kv_heads=1, width=8, max_length=8
     )
-    params = transformer.init(jax.random.key(0), config)
+    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config)
     weights.write_folder(tmp_path, params, config)
     tokenizers.write(words, tmp_path)
     (tmp_path / "corpus.txt").write_text("the cat sat .")

@@ -209,10 +209,10 @@ def test_dpo_loss_is_the_papers_on_the_first_step():
     """A gradient-free check: at the reference the loss is log 2, whatever the preferences."""
     env = tasks.random_rewards(3, 2)
     algo = dpo.make(env, dpo.Config(num_pairs=16, batch_size=8, num_updates=1, hidden_sizes=(8,)))
-    state = algo.init(jax.random.key(0), dpo.HParams())
+    state = jax.jit(algo.init)(jax.random.key(0), dpo.HParams())
     assert ((state.pairs.preference > 0) & (state.pairs.preference < 1)).all()
     assert (state.pairs.first[:, 1:] >= 0).all()
-    _, metrics = algo.step(state, dpo.HParams())
+    _, metrics = jax.jit(algo.step)(state, dpo.HParams())
     np.testing.assert_allclose(metrics["loss"], np.log(2.0), rtol=1e-6)
     random = np.random.default_rng(0)
     difference, preference = random.normal(size=20), random.uniform(size=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +21,35 @@ from jrl.sweep import runner
 KEY = jax.random.key(0)
 
 
+def normal(seed, shape):
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def layers(sizes, members=()):
-    keys = jax.random.split(KEY, len(sizes))
     return tuple(
-        Layer(
-            jax.random.normal(key, (*members, a, b)) / a**0.5,
-            jax.random.normal(jax.random.fold_in(key, 1), (*members, b)),
-        )
-        for key, a, b in zip(keys, sizes, sizes[1:], strict=False)
+        Layer(normal((0, i), (*members, a, b)) / np.float32(a**0.5), normal((1, i), (*members, b)))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     )
 
 
 def norms_of(sizes, members=()):
-    keys = jax.random.split(jax.random.fold_in(KEY, 2), len(sizes) - 2)
     return tuple(
-        Norm(*(jax.random.normal(jax.random.fold_in(key, i), (*members, size)) for i in range(2)))
-        for key, size in zip(keys, sizes[1:-1], strict=True)
+        Norm(*(normal((2 + j, i), (*members, size)) for j in range(2))) for i, size in enumerate(sizes[1:-1])
     )
 
 
 def sparse(x):
     """With one entry in ten left, in whole rows none."""
-    kept = jax.random.bernoulli(jax.random.key(3), 0.1, x.shape).at[: len(x) // 3].set(False)
-    return jnp.where(kept, x, 0.0)
+    kept = np.random.default_rng(3).random(x.shape) < 0.1
+    kept[: len(x) // 3] = False
+    return jnp.asarray(np.where(kept, x, np.float32(0)))
 
 
 def both(function, params, x, weight):
-    return jax.value_and_grad(lambda p, x: (function(p, x) * weight).sum(), argnums=(0, 1))(params, x)
+    """The value and the gradients, as one program."""
+    loss = jax.value_and_grad(lambda p, x, weight: (function(p, x) * weight).sum(), argnums=(0, 1))
+    return jax.jit(loss)(params, x, weight)
 
 
 def assert_equal(ours, theirs):
@@ -67,12 +70,12 @@ def assert_equal(ours, theirs):
     ],
 )
 def test_it_equals_the_layers_one_by_one(sizes, rows, activation, normed):
-    x = jax.random.normal(jax.random.key(1), (rows, sizes[0]))
+    x = normal(1, (rows, sizes[0]))
     compare(layers(sizes), norms_of(sizes) if normed else (), x, activation)
 
 
 def compare(params, norms, x, activation):
-    weight = jax.random.normal(jax.random.key(2), (len(x), params[-1].bias.shape[0]))
+    weight = normal(2, (len(x), params[-1].bias.shape[0]))
     ours = both(lambda p, x: native.mlp(p[0], x, activation, p[1]), (params, norms), x, weight)
     theirs = both(lambda p, x: native.reference(activation, *p, x), (params, norms), x, weight)
     assert_equal(ours, theirs)
@@ -82,10 +85,15 @@ def compare(params, norms, x, activation):
     ("sizes", "rows"), [((400, 64, 3), 50), ((64, 20, 2), 5), ((67, 150, 12), 49), ((70, 24, 2), 3)]
 )
 def test_of_an_input_that_is_nearly_all_zeros_too(sizes, rows):
-    x = sparse(jax.random.normal(jax.random.key(1), (rows, sizes[0])))
+    x = sparse(normal(1, (rows, sizes[0])))
     compare(layers(sizes), norms_of(sizes) if rows == 49 else (), x, "relu")
     # The zeros give nothing, in whatever way: with one block full and the next one empty.
-    compare(layers(sizes), (), jnp.concatenate([jnp.ones_like(x), x, jnp.zeros((48, sizes[0]))]), "tanh")
+    compare(
+        layers(sizes),
+        (),
+        jnp.asarray(np.concatenate([np.ones_like(x), x, np.zeros((48, sizes[0]), np.float32)])),
+        "tanh",
+    )
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [((5, 20, 33, 3), 51), ((8, 16, 24), 40)])
@@ -137,14 +145,14 @@ def test_the_norm_is_that_of_flax():
         networks.actor_critic(env, ppo.Config(**config, kernels=k), shared_torso=True)
         for k in ("xla", "native")
     )
-    obs = 3 * jax.random.normal(KEY, (6, 4))
-    params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(KEY, obs, ()))
-    assert_equal(ours.apply(params, obs, ()), plain.apply(params, obs, ()))
+    obs = 3 * normal(4, (6, 4))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(plain.init)(KEY, obs, ()))
+    assert_equal(jax.jit(ours.apply)(params, obs, ()), jax.jit(plain.apply)(params, obs, ()))
 
 
 def test_a_row_comes_to_the_same_bits_in_every_batch():
     sizes = (80, 20, 33, 3)
-    x = jax.random.normal(KEY, (101, 80))
+    x = normal(4, (101, 80))
     x = x.at[40:70].set(sparse(x[40:70]))
     for norms in ((), norms_of(sizes)):
         mlp = functools.partial(native.mlp, layers(sizes), activation="tanh", norms=norms)
@@ -158,7 +166,7 @@ def test_a_row_comes_to_the_same_bits_in_every_batch():
 def test_members_side_by_side_are_those_alone_bit_for_bit():
     sizes = (4, 16, 2)
     params = layers(sizes, members=(3,)), norms_of(sizes, members=(3,))
-    x = jax.random.normal(jax.random.key(1), (3, 5, 7, 4))
+    x = normal(1, (3, 5, 7, 4))
     weight = jnp.ones((5, 7, 2))
 
     def member(p, x):
@@ -196,9 +204,9 @@ def test_the_network_of_ppo_is_the_same_function(name, shared):
         networks.actor_critic(env, ppo.Config(hidden_sizes=(16, 12), kernels=k), shared_torso=shared)
         for k in ("xla", "native")
     )
-    obs = jax.random.normal(KEY, (6, 5, *env.observation.shape))
-    params = plain.init(KEY, obs, ())
-    assert_equal(ours.apply(params, obs, ()), plain.apply(params, obs, ()))
+    obs = normal(4, (6, 5, *env.observation.shape))
+    params = jax.jit(plain.init)(KEY, obs, ())
+    assert_equal(jax.jit(ours.apply)(params, obs, ()), jax.jit(plain.apply)(params, obs, ()))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import jax
@@ -17,22 +18,25 @@ from jrl.networks import fused
 KEY = jax.random.key(0)
 
 
+def normal(seed, shape):
+    """Drawn by NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def layers(sizes, members=()):
-    keys = jax.random.split(KEY, len(sizes))
     return tuple(
-        fused.Layer(
-            jax.random.normal(key, (*members, a, b)) / a**0.5,
-            jax.random.normal(jax.random.fold_in(key, 1), (*members, b)),
-        )
-        for key, a, b in zip(keys, sizes, sizes[1:], strict=False)
+        fused.Layer(normal((0, i), (*members, a, b)) / np.float32(a**0.5), normal((1, i), (*members, b)))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     )
 
 
 def both(function, params, x, weight):
+    """The value and the gradients, as one program."""
+
     def loss(params, x):
         return (function(params, x) * weight).sum()
 
-    return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
 
 
 def assert_equal(ours, theirs):
@@ -45,8 +49,8 @@ def assert_equal(ours, theirs):
 def test_it_equals_the_layers_one_by_one(activation, inputs, rows):
     """Widths and rows that are no powers of two, more rows than one partial gradient takes, a wide first layer."""
     params = layers((inputs, 20, 33, 3))
-    x = jax.random.normal(jax.random.key(1), (rows, inputs))
-    weight = jax.random.normal(jax.random.key(2), (rows, 3))
+    x = normal(1, (rows, inputs))
+    weight = normal(2, (rows, 3))
     ours = both(lambda p, x: fused.mlp(p, x, activation), params, x, weight)
     theirs = both(lambda p, x: fused.reference(activation, True, p, x), params, x, weight)
     assert_equal(ours, theirs)
@@ -54,7 +58,7 @@ def test_it_equals_the_layers_one_by_one(activation, inputs, rows):
 
 def test_members_side_by_side_keep_their_own_weights():
     params = layers((4, 16, 2), members=(3,))
-    x = jax.random.normal(jax.random.key(1), (3, 5, 7, 4))
+    x = normal(1, (3, 5, 7, 4))
     weight = jnp.ones((5, 7, 2))
     ours = jax.vmap(lambda p, x: both(lambda p, x: fused.mlp(p, x, "tanh"), p, x, weight))(params, x)
     theirs = jax.vmap(lambda p, x: both(lambda p, x: fused.reference("tanh", True, p, x), p, x, weight))(
@@ -71,11 +75,11 @@ def test_the_network_of_ppo_is_the_same_function(name, shared, monkeypatch):
     monkeypatch.setattr(fused, "enabled", lambda: True)
     monkeypatch.setattr(fused, "mlp", counted := Counted(fused.mlp))
     ours = networks.actor_critic(env, config, shared_torso=shared, fuse=True)
-    obs = jax.random.normal(KEY, (5, *env.observation.shape))
-    params = plain.init(KEY, obs, ())
-    assert jax.tree.structure(params) == jax.tree.structure(ours.init(KEY, obs, ()))
+    obs = normal(3, (5, *env.observation.shape))
+    params = jax.jit(plain.init)(KEY, obs, ())
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(ours.init, KEY, obs, ()))
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    assert_equal(ours.apply(params, obs, ()), plain.apply(params, obs, ()))
+    assert_equal(jax.jit(ours.apply)(params, obs, ()), jax.jit(plain.apply)(params, obs, ()))
     assert counted.calls == (1 if shared else 2)
 
 
@@ -95,7 +99,8 @@ def test_what_it_cannot_compute_goes_layer_by_layer(monkeypatch):
     for config in (ppo.Config(hidden_sizes=(200,)), ppo.Config(hidden_sizes=(8,), layer_norm=True)):
         network = networks.actor_critic(env, config, fuse=True)
         obs = jnp.zeros((3, 4))
-        network.apply(network.init(KEY, obs, ()), obs, ())
+        params = jax.jit(network.init)(KEY, obs, ())
+        jax.jit(network.apply)(params, obs, ())
     assert counted.calls == 0
 
 

@@ -80,12 +80,17 @@ def test_categorical_mean_and_cross_entropy():
     rng = np.random.default_rng(3)
     logits = jnp.asarray(rng.normal(size=(2, 3, 7)), jnp.float32)
     _, target = mass(4, (2, 3, 7))
-    mean, entropy = np.zeros((2, 3)), np.zeros((2, 3))
+    mean, entropy, p_target, support = (
+        np.zeros((2, 3)),
+        np.zeros((2, 3)),
+        np.asarray(target),
+        np.asarray(SUPPORT),
+    )
     for row in np.ndindex(2, 3):
-        p = np.exp(np.asarray(logits[row], np.float64))
+        p = np.exp(np.asarray(logits, np.float64)[row])
         p /= p.sum()
-        mean[row] = sum(p[k] * float(SUPPORT[k]) for k in range(7))
-        entropy[row] = -sum(float(target[row][k]) * np.log(p[k]) for k in range(7))
+        mean[row] = sum(p[k] * float(support[k]) for k in range(7))
+        entropy[row] = -sum(float(p_target[row][k]) * np.log(p[k]) for k in range(7))
     close(ops.categorical_mean(logits, SUPPORT), mean)
     close(ops.categorical_cross_entropy(logits, target), entropy)
     # The gradient in the logits is the difference of the distributions: 0 at the target.
@@ -96,8 +101,8 @@ def test_categorical_mean_and_cross_entropy():
 @pytest.mark.parametrize("delta", [0.3, 1.0])
 def test_quantile_huber_loss_equals_a_loop(delta):
     rng = np.random.default_rng(5)
-    quantile, target = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (4, 6))
-    fraction = jnp.asarray(rng.random((3, 4)), jnp.float32)
+    quantile, target = (rng.normal(size=(3, n)).astype(np.float32) for n in (4, 6))
+    fraction = rng.random((3, 4)).astype(np.float32)
     expected = np.zeros(3)
     for row in range(3):
         for i in range(4):
@@ -132,8 +137,8 @@ def test_no_quantiles_are_refused():
 @pytest.mark.parametrize("temperature", [0.03, 1.0])
 def test_munchausen_terms_equal_a_loop_and_each_other(temperature):
     rng = np.random.default_rng(7)
-    q = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
-    action = jnp.asarray(rng.integers(0, 4, 6), jnp.int32)
+    q = rng.normal(size=(6, 4)).astype(np.float32)
+    action = rng.integers(0, 4, 6).astype(np.int32)
     log_policy, value, bonus = np.zeros((6, 4)), np.zeros(6), np.zeros(6)
     for row in range(6):
         x = np.asarray(q[row], np.float64)

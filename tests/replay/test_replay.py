@@ -10,6 +10,9 @@ from jrl import dqn, replay
 from jrl.types import Transition
 
 GAMMA = 0.9
+ADD, READ = jax.jit(replay.uniform.add), jax.jit(replay.uniform.read)
+ADD_PRIORITIZED, UPDATE = jax.jit(replay.prioritized.add), jax.jit(replay.prioritized.update_priorities)
+SAMPLE_PRIORITIZED = jax.jit(replay.prioritized.sample, static_argnums=(2, 3))
 
 
 def stream(rows: int, num_envs: int, seed: int = 0) -> Transition:
@@ -21,13 +24,13 @@ def stream(rows: int, num_envs: int, seed: int = 0) -> Transition:
     shape = (rows, num_envs)
     terminated, truncated = rng.random(shape) < 0.15, rng.random(shape) < 0.15
     cut = np.where((terminated | truncated)[..., None], [0.5, 0.0], [1.0, 0.0])
-    return Transition(
-        obs=jnp.asarray(obs),
-        action=jnp.asarray(rng.integers(0, 3, shape), jnp.int32),
-        reward=jnp.asarray(rng.normal(size=shape), jnp.float32),
-        terminated=jnp.asarray(terminated),
-        truncated=jnp.asarray(truncated),
-        next_obs=jnp.asarray(obs + cut, jnp.float32),
+    return Transition(  # of NumPy, which slices rows without a program for each
+        obs=obs,
+        action=rng.integers(0, 3, shape).astype(np.int32),
+        reward=rng.normal(size=shape).astype(np.float32),
+        terminated=terminated,
+        truncated=truncated,
+        next_obs=(obs + cut).astype(np.float32),
         extras=(),
     )
 
@@ -103,11 +106,10 @@ def drawn(rows: int, num_envs: int, n: int, written: int, gap: int = 1):
     """200 windows from a ring that ``written`` rows have gone into, two at a time, and those rows."""
     transitions = stream(written, num_envs)
     state = replay.uniform.init(spec(transitions), rows, num_envs, gap)
-    add = jax.jit(replay.uniform.add)
     for start in range(0, written, 2):
-        state = add(state, block(transitions, start, 2))
+        state = ADD(state, block(transitions, start, 2))
     sample = jax.jit(lambda key: replay.uniform.sample(key, state, 200, num_envs, n))(jax.random.key(0))
-    return sample, transitions
+    return jax.device_get(sample), transitions
 
 
 def test_what_is_read_is_what_was_written():
@@ -136,8 +138,8 @@ def test_what_is_read_is_what_was_written():
     }
     transitions = stream(4, 2)._replace(obs=board, next_obs=ahead, extras={"ticks": bits(np.int32)}, **flags)
     state = replay.uniform.init(spec(transitions), 4, 2)
-    state = jax.jit(replay.uniform.add)(state, transitions)
-    read = jax.jit(replay.uniform.read)(state, jnp.arange(8)[::-1])
+    state = ADD(state, transitions)
+    read = READ(state, np.arange(8)[::-1])
     for got, written in zip(jax.tree.leaves(read), jax.tree.leaves(transitions), strict=True):
         newest_first = np.asarray(written).reshape(8, *written.shape[2:])[::-1]
         assert np.asarray(got).tobytes() == newest_first.tobytes()
@@ -165,7 +167,7 @@ def test_floats_of_observations_can_be_kept_in_half_the_memory(kept, bits, large
     whole = replay.uniform.init(spec(transitions), 4, 2)
     state = replay.uniform.init(spec(transitions), 4, 2, obs_dtype=kept)
     assert state.storage.shape[1] == whole.storage.shape[1] - 3  # three words for six numbers
-    read = replay.uniform.read(replay.uniform.add(state, transitions), jnp.arange(8))
+    read = READ(ADD(state, transitions), np.arange(8))
     assert jax.tree.map(lambda leaf: leaf.dtype, read) == jax.tree.map(lambda leaf: leaf.dtype, transitions)
     got = np.asarray(read.obs["x"])
     np.testing.assert_array_equal(got[0, :3], values[0, 0, :3])
@@ -223,15 +225,15 @@ def test_a_ring_that_could_hold_nothing_is_refused():
 def test_prioritized_draws_and_weights_follow_the_definition():
     transitions = stream(8, 2)
     state = replay.prioritized.init(spec(transitions), 16, 2)
-    state = replay.prioritized.add(state, transitions)
-    index = jnp.arange(16)
-    error = jnp.linspace(0.1, 3.0, 16)
+    state = ADD_PRIORITIZED(state, transitions)
+    index = np.arange(16)
+    error = np.linspace(0.1, 3.0, 16, dtype=np.float32)
     alpha, beta = 0.7, 0.5
-    state = replay.prioritized.update_priorities(state, index, error, alpha=alpha)
+    state = UPDATE(state, index, error, alpha=alpha)
     probability = np.asarray(error + 1e-6) ** alpha
     probability /= probability.sum()
 
-    sample = jax.jit(lambda key: replay.prioritized.sample(key, state, 4096, 2, beta=beta))(jax.random.key(0))
+    sample = SAMPLE_PRIORITIZED(jax.random.key(0), state, 4096, 2, beta=beta)
     frequency = np.bincount(np.asarray(sample.position), minlength=16) / 4096
     np.testing.assert_allclose(frequency, probability, atol=2e-3)  # stratified: far below the error of chance
     weight = (16 * probability[np.asarray(sample.position)]) ** -beta
@@ -241,14 +243,12 @@ def test_prioritized_draws_and_weights_follow_the_definition():
 def test_new_items_get_the_largest_priority_and_empty_rows_are_never_drawn():
     transitions = stream(8, 2)
     state = replay.prioritized.init(spec(transitions), 8, 2)
-    state = replay.prioritized.add(state, block(transitions, 0, 2))
-    state = replay.prioritized.update_priorities(
-        state, jnp.arange(4), jnp.asarray([5.0, 0.1, 0.1, 0.1]), alpha=1.0
-    )
-    state = replay.prioritized.add(state, block(transitions, 2, 2))
+    state = ADD_PRIORITIZED(state, block(transitions, 0, 2))
+    state = UPDATE(state, np.arange(4), np.float32([5.0, 0.1, 0.1, 0.1]), alpha=1.0)
+    state = ADD_PRIORITIZED(state, block(transitions, 2, 2))
     leaves = np.asarray(state.tree[0])
     np.testing.assert_allclose(leaves[:8], [5, 0.1, 0.1, 0.1, 5, 5, 5, 5], rtol=1e-5)
-    sample = replay.prioritized.sample(jax.random.key(0), state, 512, 2, beta=1.0)
+    sample = SAMPLE_PRIORITIZED(jax.random.key(0), state, 512, 2, beta=1.0)
     assert int(sample.position.max()) < 8
 
 
@@ -256,8 +256,8 @@ def test_the_row_under_way_is_never_drawn():
     transitions = stream(6, 2)
     state = replay.prioritized.init(spec(transitions), 5, 2)
     for start in range(6):
-        state = replay.prioritized.add(state, block(transitions, start, 1))
-        sample = replay.prioritized.sample(jax.random.key(start), state, 64, 2, beta=1.0)
+        state = ADD_PRIORITIZED(state, block(transitions, start, 1))
+        sample = SAMPLE_PRIORITIZED(jax.random.key(start), state, 64, 2, beta=1.0)
         rows = set(np.asarray(sample.position) // 2)
         # Where that is row 0, what the last row led to lies behind it instead, and row 0 is whole.
         under_way = {(start + 1) % 5} - {0}
