@@ -223,8 +223,10 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         "seeds",
         "swept",
         "env_steps",
+        "eval_episodes",
         "halving",
         "pbt",
+        "width",
     ):
         was, is_now = records.plain(old.get(name)), records.plain(new[name])
         if was == is_now:

@@ -437,9 +437,26 @@ def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
         run(reference.out, resume=True, grid={"learning_rate": [0.1, 0.3]})
     with pytest.raises(RunError, match="its seeds is"):
         run(reference.out, resume=True, seeds=[0, 1, 5])
+    # its table would say that the evaluations there are were of so many episodes
+    for episodes in (5, 0):
+        with pytest.raises(RunError, match=f"its eval_episodes is 4, this command's {episodes}"):
+            run(reference.out, resume=True, eval_episodes=episodes)
+    with pytest.raises(RunError, match="its width is 'auto', this command's 3"):
+        run(reference.out, resume=True, width=3)
     again = run(reference.out, resume=True)
     assert bits(again) == bits(reference)
     assert again.summary["training_bytes"] == 0  # nothing was left to train
+
+
+def test_a_sweep_that_goes_on_with_other_versions_says_so(reference, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(reference.out, out)
+    record = records.read_sweep(out)
+    record["versions"]["jax"] = "0.0.1"
+    records.write_json(out / records.SWEEP, record)
+    with pytest.warns(RunWarning, match=r"other versions \(jax 0.0.1 -> ") as caught:
+        run(out, resume=True)
+    assert caught[0].filename == __file__
 
 
 def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):
