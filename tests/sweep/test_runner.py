@@ -19,9 +19,9 @@ import pytest
 from fake_algorithm import Ranked
 
 import jrl
-from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
+from jrl import checkpoint, cli, configuration, driver, records, statistics, sweep, tables
 from jrl.records import RunError, RunWarning
-from jrl.sweep import groups, planning
+from jrl.sweep import groups, outcome, planning
 
 pytestmark = pytest.mark.optimized  # bits of different programs, and memory
 
@@ -181,6 +181,18 @@ def test_where_all_members_are_frozen_there_is_no_best(capsys):
     assert bad.summary["best"] is None
     assert "all 2 members were frozen: there is no best setting" in capsys.readouterr().out
     assert bad.table.num_scored == 0
+
+
+def test_the_best_setting_is_the_one_of_the_table():
+    # of five scores the middle three count: 6.67; of exactly the middle half, which 4 does not divide, it were 7
+    returns = [0.0, 0.0, 10.0, 10.0, 100.0, *[6.7] * 5]
+    columns = dict.fromkeys((*tables.FIRST, "learning_rate", *tables.RESULTS), [None] * 10)
+    columns |= {"member": list(range(10)), "seed": [*range(5)] * 2, "learning_rate": [0.1] * 5 + [0.2] * 5}
+    columns |= {"train_return": returns, "env_steps": [1] * 10, "status": ["ok"] * 10}
+    table = tables.Table(columns, np.array([1]), np.array([returns]).T, ("learning_rate",))
+    found = outcome.best_setting(table)
+    assert found["hparams"] == tables.best(table)[0] == {"learning_rate": 0.2}
+    assert found["return_iqm"] == statistics.interquartile_mean(tables.best(table)[1].final_returns)
 
 
 def test_halving_does_not_go_on_with_a_frozen_setting():
