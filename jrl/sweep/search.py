@@ -25,7 +25,9 @@ class Halving:
     all of ``env_steps``. Which of equal ones go on is drawn, not decided by their place in the grid.
 
     A rung compares what it sees: the returns of episodes that have *ended*. Before every environment of a member has
-    ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``.
+    ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``. A seed
+    that ended none since then, but was not frozen, has the newest return before; where there is none, or where its
+    episodes under way have gone further from 0 already, what these have gathered on average so far.
 
     Attributes:
         eta: the factor between rungs, above 1.
@@ -71,7 +73,8 @@ class PBT:
     """Population-based training inside a sweep, a round of :func:`exploit_and_explore` at regular intervals.
 
     All members are one population, whatever their seeds. A member's score is its mean training return since the
-    middle between the last round and this one. A member that was frozen may be replaced as any other.
+    middle between the last round and this one; where no episode ended since then, what :class:`Halving` takes of such
+    a seed. One that was frozen is among the worst, and may be replaced as any other.
 
     Attributes:
         explore: name -> (low, high), the hyperparameters that change and their bounds.
