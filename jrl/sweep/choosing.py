@@ -15,7 +15,7 @@ from jrl import configuration, records
 from jrl.configuration import Setup
 from jrl.records import RunError
 from jrl.sweep import members
-from jrl.sweep.search import PBT, Halving
+from jrl.sweep.search import PBT, Halving, check_bounds
 from jrl.sweep.spaces import Space
 
 MOST_MEMBERS = 1 << 24
@@ -169,6 +169,7 @@ def population(who: Members, setup: Setup, pbt: PBT, halving: Halving | None) ->
         raise RunError("pbt: a population has at least two members; give more seeds or settings.")
     for name in pbt.explore:
         members.check_name(name, members.names(setup.hparams), setup.hparams)
+        check_bounds(name, members.names(setup.hparams)[name], *pbt.explore[name])
     swept = tuple(dict.fromkeys((*columns(who), *pbt.explore)))
     return who._replace(settings=np.arange(len(who.seeds)), swept=swept)
 
@@ -223,8 +224,10 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         "seeds",
         "swept",
         "env_steps",
+        "eval_episodes",
         "halving",
         "pbt",
+        "width",
     ):
         was, is_now = records.plain(old.get(name)), records.plain(new[name])
         if was == is_now:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jrl import tables
+from jrl import statistics, tables
 from jrl.sweep import members, program
 from jrl.sweep.planning import Plan
 from jrl.sweep.results import exact
-from jrl.sweep.rounds import iqm, mean_of_rows
-from jrl.sweep.search import best as search_best
+from jrl.sweep.rounds import mean_of_rows
 
 if TYPE_CHECKING:
     from jrl.sweep.session import Session  # imports this module
@@ -75,19 +74,14 @@ def table(sweep: Session) -> tables.Table:
     return tables.Table(columns, steps, results.history.T, sweep.who.swept)
 
 
-def best_setting(sweep: Session) -> dict[str, Any] | None:
-    """Return the swept values with the highest interquartile mean over seeds of the final return.
+def best_setting(table: tables.Table) -> dict[str, Any] | None:
+    """Return the swept values with the best interquartile mean of final returns, and that mean.
 
-    Members without one, such as frozen ones, are left out, as in :func:`jrl.tables.best`; None where all are.
+    Those of :func:`jrl.tables.best`, and so of the printed table. Members without a final return, such as frozen ones,
+    are left out; None where all are.
     """
-    final = table(sweep).final_returns
-    known = np.isfinite(final)
-    if not known.any():
+    if not table.num_scored:
         return None
-    settings = sorted(set(sweep.who.settings[known]))
-    scores = np.array([iqm(final[known & (sweep.who.settings == setting)]) for setting in settings])
-    winner = settings[int(search_best(scores, 1)[0])]
-    first = int(np.flatnonzero(sweep.who.settings == winner)[0])
-    leaves = members.names(sweep.who.hparams)
-    values = {name: exact(leaves[name])[first] for name in sweep.who.swept}
-    return {"hparams": values, "return_iqm": float(scores.max())}
+    values, part = tables.best(table)
+    final = part.final_returns
+    return {"hparams": values, "return_iqm": statistics.interquartile_mean(final[np.isfinite(final)])}

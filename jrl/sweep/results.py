@@ -64,6 +64,18 @@ class Results:
             member: self.reasons[origin] for member, origin in enumerate(source) if origin in self.reasons
         }
 
+    def newest_returns(self, row: int) -> np.ndarray:
+        """Return the newest return of each member's policy before chunk ``row``, ``[M]``; NaN where it has none.
+
+        Of one that a population copied, that of the member it was copied from.
+        """
+        found, who = np.full(self.history.shape[1], np.nan), np.arange(self.history.shape[1])
+        for before in reversed(range(row)):
+            found = np.where(np.isnan(found), self.history[before, who], found)
+            if self.population:
+                who = self.population["source"][before][who]
+        return found
+
     def lineages(self, env_steps: np.ndarray) -> list[str]:
         """Return of each member's policy ``[[env step, member, {name: value}], ...]``, as JSON.
 

@@ -49,12 +49,17 @@ def stop_the_worst(
     rows = step // sweep.record["chunk_length"]
     recent = sweep.results.history[rows // 2 : rows].copy()
     recent[:, sweep.results.failed_at >= 0] = np.nan  # a frozen member's returns are no score
+    score = np.full(sweep.num, np.nan)
     alive = [
         s
         for s in dict.fromkeys(sweep.who.settings[order])
         if sweep.results.stopped_at[sweep.who.settings == s].max() < 0
     ]
-    scores = np.array([_score(recent[:, sweep.who.settings == setting]) for setting in alive])
+    of_setting = [sweep.who.settings == setting for setting in alive]
+    for members_of_it in of_setting:
+        score[members_of_it] = mean_of_rows(recent[:, members_of_it])
+    score = fill_unended(sweep, score, rows, order, states)
+    scores = np.array([_iqm(score[members_of_it]) for members_of_it in of_setting])
     drawn = np.random.default_rng(step).permutation(
         len(alive)
     )  # so that equal ones are not kept by their place
@@ -79,6 +84,7 @@ def replace_the_worst(sweep: Session, pbt: PBT, states: Any, step: int) -> Any:
     rows = min(rungs(sweep, pbt)) // sweep.record["chunk_length"]
     score = mean_of_rows(sweep.results.history[row - (rows - rows // 2) : row])
     score[sweep.results.failed_at >= 0] = np.nan
+    score = fill_unended(sweep, score, row, np.arange(sweep.num), states)
     home, impl = sweep.layout.homes(sweep.num), jax.random.key_impl(states.key)
     streams = processes.fetch(jax.random.key_data(states.key))[home]
     if sweep.draw is None:  # traced once, for all rounds
@@ -126,12 +132,32 @@ def mean_of_rows(rows: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.nansum(rows, 0, dtype=float) / np.maximum(count, 1), np.nan)
 
 
-def _score(rows: np.ndarray) -> float:
-    """Return the interquartile mean over members (axis 1) of their mean return; NaN if any has none."""
-    means = mean_of_rows(rows)
-    return iqm(means)
+def fill_unended(sweep: Session, score: np.ndarray, row: int, order: np.ndarray, states: Any) -> np.ndarray:
+    """Return the scores ``[M]`` with one for each member that trains and ended no episode since scores count.
+
+    Long episodes may be what the best policy is good for, so that none is no reason to be the worst. Such a member is
+    scored by the newest return before, or by what its episodes under way have gathered on average where it has none
+    or they have gone further from 0 already: without an end, more return (or more cost) than one with it says more.
+
+    Args:
+        sweep: frozen members stay without a score.
+        score: NaN where no episode ended.
+        row: of the history, the first that is still to come.
+        order: the members that ``states`` holds. Where these have no ``rollout``, nothing is known under way.
+        states: in their slots.
+    """
+    unended = np.isnan(score) & (sweep.results.failed_at < 0) & (sweep.results.stopped_at < 0)
+    if not unended.any():
+        return score
+    newest, gathered = sweep.results.newest_returns(row), np.full(sweep.num, np.nan)
+    under_way = getattr(getattr(states, "rollout", None), "episode_return", None)
+    if under_way is not None:
+        of_each = processes.fetch(under_way)[sweep.layout.homes(len(order))].astype(float)
+        gathered[order] = of_each.reshape(len(order), -1).mean(1)
+    further = np.isfinite(gathered) & ~(np.abs(gathered) <= np.abs(newest))  # also where there is no newest
+    return np.where(unended, np.where(further, gathered, newest), score)
 
 
-def iqm(values: np.ndarray) -> float:
+def _iqm(values: np.ndarray) -> float:
     """Return the interquartile mean; NaN if any value is."""
     return math.nan if np.isnan(values).any() else float(statistics.fractional_interquartile_mean(values))

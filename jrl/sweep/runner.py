@@ -190,7 +190,9 @@ def execute(
         if folder is not None:
             going_on = processes.from_first(resume and (folder / records.SWEEP).exists())
             if going_on:
-                check_same(records.read_sweep(folder), record)
+                began = records.read_sweep(folder)
+                check_same(began, record)
+                driver.warn_of_other_versions(began)
             elif processes.is_first():
                 records.check_new(folder, overwrite)
                 records.create(folder)

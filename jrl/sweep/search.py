@@ -25,7 +25,9 @@ class Halving:
     all of ``env_steps``. Which of equal ones go on is drawn, not decided by their place in the grid.
 
     A rung compares what it sees: the returns of episodes that have *ended*. Before every environment of a member has
-    ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``.
+    ended an episode or two these are the short ones, and of the policy at the start; see ``min_env_steps``. A seed
+    that ended none since then, but was not frozen, has the newest return before; where there is none, or where its
+    episodes under way have gone further from 0 already, what these have gathered on average so far.
 
     Attributes:
         eta: the factor between rungs, above 1.
@@ -71,7 +73,8 @@ class PBT:
     """Population-based training inside a sweep, a round of :func:`exploit_and_explore` at regular intervals.
 
     All members are one population, whatever their seeds. A member's score is its mean training return since the
-    middle between the last round and this one. A member that was frozen may be replaced as any other.
+    middle between the last round and this one; where no episode ended since then, what :class:`Halving` takes of such
+    a seed. One that was frozen is among the worst, and may be replaced as any other.
 
     Attributes:
         explore: name -> (low, high), the hyperparameters that change and their bounds.
@@ -128,8 +131,9 @@ def exploit_and_explore(
 
     Each of the worst ``share`` of the members is replaced by a copy of one of the best ``share`` (of those with a
     score; where none has one, nothing happens), drawn uniformly, whose hyperparameters are multiplied or divided by
-    ``factor``, each with probability ½, within their bounds. The states are gathered, the hyperparameters are
-    numbers: nothing compiles anew. The copy keeps a random stream of its own.
+    ``factor``, each with probability ½, within their bounds; whole numbers are rounded, and move by at least 1. The
+    states are gathered, the hyperparameters are numbers: nothing compiles anew. The copy keeps a random stream of its
+    own.
 
     Args:
         key: consumed.
@@ -145,12 +149,14 @@ def exploit_and_explore(
         int32 ``[M]``.
 
     Raises:
-        ValueError: ``share`` or ``factor`` is out of range, or an unknown hyperparameter.
+        ValueError: ``share`` or ``factor`` is out of range, an unknown hyperparameter, or no whole number is within
+            the bounds of one that is whole.
     """
     _check_round("exploit_and_explore", share, factor)
     leaves = members.names(hparams)
     for name in explore:
         members.check_name(name, {name: leaf[0] for name, leaf in leaves.items()}, hparams)
+        check_bounds(name, leaves[name], *explore[name])
     num = score.shape[0]
     count = max(1, int(num * share)) if num > 1 else 0
     donor_key, direction_key, stream_key = jax.random.split(key, 3)
@@ -171,10 +177,27 @@ def exploit_and_explore(
         leaf = leaf[source]
         if name in explore:
             low, high = explore[name]
-            moved = jnp.clip(jnp.where(up[index], leaf * factor, leaf / factor), low, high)
-            leaf = jnp.where(replaced, moved.astype(leaf.dtype), leaf)
+            moved = jnp.where(up[index], leaf * factor, leaf / factor)
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                least = jnp.where(up[index] == (leaf >= 0), 1, -1)  # or a small number would stay as it is
+                moved = jnp.where(jnp.round(moved) == leaf, leaf + least, jnp.round(moved))
+                low, high = float(math.ceil(low)), float(math.floor(high))
+            leaf = jnp.where(replaced, jnp.clip(moved, low, high).astype(leaf.dtype), leaf)
         changed.append(leaf)
     return states, jax.tree.unflatten(jax.tree.structure(hparams), changed), source
+
+
+def check_bounds(name: str, leaf: Array | np.ndarray, low: float, high: float) -> None:
+    """Refuse bounds without a whole number between them for a hyperparameter that is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.integer) and math.ceil(low) > math.floor(high):
+        raise ValueError(
+            f"pbt(explore {name}: low={low:g}, high={high:g}): {name} is a whole number, and none is between; give "
+            "wider bounds."
+        )
 
 
 def _check_round(what: str, share: float, factor: float) -> None:

@@ -165,7 +165,8 @@ class Session:
                 states = self.train(search, stop, stack)
         complete = not stop.requested or bool(self.ended.all())
         seconds, trained = self.seconds, self.env_steps_done > self.env_steps_before
-        best = None if not complete else outcome.best_setting(self)
+        table = outcome.table(self)
+        best = None if not complete else outcome.best_setting(table)
         if complete and (self.results.failed_at >= 0).all():
             self.show.message(f"all {self.num} members were frozen: there is no best setting.")
         summary = {
@@ -191,7 +192,6 @@ class Session:
             "versions": doctor.versions(),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        table = outcome.table(self)
         if self.folder is not None and processes.is_first():
             table.to_csv(self.folder / records.TABLE)
             records.write_json(self.folder / records.SUMMARY, records.plain(summary))

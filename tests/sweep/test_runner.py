@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fake_algorithm as fake
 import jax
@@ -17,11 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_algorithm import Ranked
+from flax import struct
 
 import jrl
-from jrl import checkpoint, cli, configuration, driver, records, sweep, tables
+from jrl import checkpoint, cli, configuration, driver, records, rollout, statistics, sweep, tables, types
+from jrl.envs import from_functions, vectorize
+from jrl.ops import counter
 from jrl.records import RunError, RunWarning
-from jrl.sweep import groups, planning
+from jrl.sweep import groups, outcome, planning, rounds
+from jrl.sweep.results import Results
 
 pytestmark = pytest.mark.optimized  # bits of different programs, and memory
 
@@ -183,6 +188,18 @@ def test_where_all_members_are_frozen_there_is_no_best(capsys):
     assert bad.table.num_scored == 0
 
 
+def test_the_best_setting_is_the_one_of_the_table():
+    # of five scores the middle three count: 6.67; of exactly the middle half, which 4 does not divide, it were 7
+    returns = [0.0, 0.0, 10.0, 10.0, 100.0, *[6.7] * 5]
+    columns = dict.fromkeys((*tables.FIRST, "learning_rate", *tables.RESULTS), [None] * 10)
+    columns |= {"member": list(range(10)), "seed": [*range(5)] * 2, "learning_rate": [0.1] * 5 + [0.2] * 5}
+    columns |= {"train_return": returns, "env_steps": [1] * 10, "status": ["ok"] * 10}
+    table = tables.Table(columns, np.array([1]), np.array([returns]).T, ("learning_rate",))
+    found = outcome.best_setting(table)
+    assert found["hparams"] == tables.best(table)[0] == {"learning_rate": 0.2}
+    assert found["return_iqm"] == statistics.interquartile_mean(tables.best(table)[1].final_returns)
+
+
 def test_halving_does_not_go_on_with_a_frozen_setting():
     hparams = sweep.grid(fake.HParams(), learning_rate=[0.1, 0.2, 0.3, 0.4])
     hparams = dataclasses.replace(hparams, nan_at=jnp.array([-1.0, -1.0, -1.0, 25.0]))  # the best, until then
@@ -233,6 +250,134 @@ def test_of_equal_settings_the_place_in_the_grid_does_not_decide():
     kept = [i for i, status in enumerate(equal.table.columns["status"]) if status == "ok"]
     assert len(kept) == 3
     assert kept not in ([0, 1, 2], [3, 4, 5])
+
+
+HELD = [0.2, 0.9, 0.5, 1.0, 0.7, 0.99]
+"""What :class:`Surviving` is swept over: the best ends no episode for long."""
+
+
+@struct.dataclass
+class Skill:
+    skill: float = 0.5
+    env: object = None
+
+
+@struct.dataclass
+class Survivor:
+    params: dict
+    rollout: rollout.RolloutState
+    env_steps: jax.Array
+    key: jax.Array
+
+
+class Surviving:
+    """Four environments that end each step unless the skill holds, after 90 steps at the latest; a reward a step."""
+
+    Config, HParams = fake.Config, Skill
+    reward = 1.0
+
+    @classmethod
+    def make(cls, env=None, config=None):
+        def transition(key, time, action, params):
+            dead = jax.random.uniform(key) > action[0]
+            return time + 1, jnp.zeros(1), cls.reward, dead, time + 1 >= 90
+
+        box = types.Box((1,), 0, 1)
+        env = from_functions(lambda key, params: (0, jnp.zeros(1)), transition, {}, box, "Survive-v0")
+        many = vectorize(env, 4)
+
+        def act(params, key, obs, memory):
+            return jnp.broadcast_to(params, (*obs.shape[:-1], 1)), memory, ()
+
+        def init(key, hparams):
+            start, key = jax.random.split(key)
+            begun = rollout.start(start, many, env.params, 4)
+            return Survivor({"w": jnp.zeros(1)}, begun, counter.zero(), key)
+
+        def step(state, hparams):
+            key, acting = jax.random.split(state.key)
+            policy = types.Policy(act, hparams.skill)
+            on, _, metrics = rollout.unroll(acting, many, env.params, policy, state.rollout, 4)
+            return Survivor(state.params, on, counter.add(state.env_steps, 16), key), metrics
+
+        return types.Algorithm(init, step, lambda state, greedy=True: types.Policy(act, 0.5), 16, env)
+
+
+class Costly(Surviving):
+    """The same where a step costs 1, so that it is best not to survive."""
+
+    reward = -1.0
+
+
+SURVIVING = {"seeds": 1, "env_steps": 800, "eval_episodes": 0, "progress": "none", "figures": False}
+
+
+@pytest.mark.parametrize(
+    ("algo", "best"), [(Surviving, {0.9, 0.99, 1.0}), (Costly, {0.2, 0.5, 0.7})], ids=["reward", "cost"]
+)
+def test_halving_compares_a_seed_whose_episodes_go_on_by_what_they_have_gathered(algo, best):
+    arguments = SURVIVING | {"devices": jax.devices()[:2], "halving": sweep.Halving(2.0, 2)}
+    arguments |= {"env_steps": 640}
+    table = sweep.execute(algo.make(), sweep.grid(Skill(), skill=HELD), **arguments).table
+    assert np.isnan(table.curves[HELD.index(1.0), :20]).all()  # the rung is there
+    assert {HELD[i] for i, status in enumerate(table.columns["status"]) if status == "ok"} == best
+
+
+def test_a_population_goes_on_with_those_whose_episodes_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    pbt = sweep.PBT({"skill": (0.0, 1.0)}, interval=160, share=0.2, factor=1.0001)
+    arguments = SURVIVING | {"devices": jax.devices()[:1], "pbt": pbt}
+    whole = sweep.execute(Surviving.make(), sweep.grid(Skill(), skill=HELD), **arguments)
+    first = json.loads(whole.table.columns["lineage"][0])[:2]
+    assert [member for _, member, _ in first] == [3, 0]  # a copy of the best, which has ended no episode
+    assert sorted(whole.table.columns["skill"])[0] > 0.6
+    seen = []
+
+    def update(self, env_steps, row):
+        seen.append(env_steps)
+        if len(seen) == 17:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    out = tmp_path / "sweep"
+    assert sweep.execute(Surviving.make(), sweep.grid(Skill(), skill=HELD), out=out, **arguments).interrupted
+    arguments |= {"devices": jax.devices()[:3], "resume": True}
+    resumed = sweep.execute(Surviving.make(), sweep.grid(Skill(), skill=HELD), out=out, **arguments)
+    assert bits(resumed) == bits(whole)
+
+
+def test_the_newest_return_is_that_of_the_member_it_was_copied_from():
+    results = Results.empty(5, 3, {"skill": np.zeros(3)})
+    results.history[:4] = [[1, 2, np.nan], [np.nan, 3, np.nan], [np.nan, np.nan, np.nan], [4, np.nan, np.nan]]
+    results.population["source"][2] = [0, 1, 1]
+    np.testing.assert_array_equal(results.newest_returns(3), [1, 3, 3])
+    np.testing.assert_array_equal(results.newest_returns(2), [1, 3, np.nan])
+    np.testing.assert_array_equal(results.newest_returns(5), [4, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("returns", "under_way", "score"),
+    [
+        ([7.0, 3.0], 50.0, 3.0),  # one that ended is its score, whatever goes on
+        ([7.0, np.nan], 5.0, 7.0),
+        ([7.0, np.nan], 50.0, 50.0),
+        ([-7.0, np.nan], -5.0, -7.0),  # or to have begun would be the best of all, where each step costs
+        ([-7.0, np.nan], -50.0, -50.0),
+        ([np.nan, np.nan], -5.0, -5.0),
+        ([7.0, np.nan], np.nan, 7.0),
+        ([np.nan, np.nan], None, np.nan),
+        ([7.0, np.nan], None, 7.0),
+    ],
+)
+def test_what_a_member_scores_that_ended_no_episode(returns, under_way, score):
+    results = Results.empty(2, 3, {})
+    results.history[:] = np.array([returns, [1.0, np.nan], [np.nan, np.nan]]).T
+    results.failed_at[1] = 1  # frozen: the worst
+    stub = SimpleNamespace(num=3, results=results, layout=planning.layout(3, 1, jax.devices()[:1]))
+    going_on = None if under_way is None else SimpleNamespace(episode_return=np.full((3, 2), under_way))
+    before = results.history[1].astype(float)
+    found = rounds.fill_unended(stub, before, 2, np.arange(3), SimpleNamespace(rollout=going_on))
+    other = np.nan if under_way is None else under_way
+    np.testing.assert_array_equal(found, [score, np.nan, other])
 
 
 def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -437,9 +582,26 @@ def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
         run(reference.out, resume=True, grid={"learning_rate": [0.1, 0.3]})
     with pytest.raises(RunError, match="its seeds is"):
         run(reference.out, resume=True, seeds=[0, 1, 5])
+    # its table would say that the evaluations there are were of so many episodes
+    for episodes in (5, 0):
+        with pytest.raises(RunError, match=f"its eval_episodes is 4, this command's {episodes}"):
+            run(reference.out, resume=True, eval_episodes=episodes)
+    with pytest.raises(RunError, match="its width is 'auto', this command's 3"):
+        run(reference.out, resume=True, width=3)
     again = run(reference.out, resume=True)
     assert bits(again) == bits(reference)
     assert again.summary["training_bytes"] == 0  # nothing was left to train
+
+
+def test_a_sweep_that_goes_on_with_other_versions_says_so(reference, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(reference.out, out)
+    record = records.read_sweep(out)
+    record["versions"]["jax"] = "0.0.1"
+    records.write_json(out / records.SWEEP, record)
+    with pytest.warns(RunWarning, match=r"other versions \(jax 0.0.1 -> ") as caught:
+        run(out, resume=True)
+    assert caught[0].filename == __file__
 
 
 def test_a_full_disk_loses_nothing_saved(tmp_path, monkeypatch):

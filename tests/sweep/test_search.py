@@ -99,6 +99,28 @@ def test_both_directions_and_all_donors_occur():
     assert set(np.round(ratio, 3).tolist()) == {0.5, 2.0}
 
 
+def test_whole_numbers_are_rounded_and_move_by_at_least_one_within_their_bounds():
+    def moved(start, low, high, factor=1.25):
+        hparams = HParams(jnp.full(64, start, jnp.int32), jnp.full(64, 0.9))
+        states = State(jnp.zeros(64), jax.random.split(jax.random.key(1), 64))
+        _, numbers, source = sweep.exploit_and_explore(
+            jax.random.key(2), states, hparams, jnp.arange(64.0), explore={"learning_rate": (low, high)},
+            share=0.5, factor=factor,
+        )  # fmt: skip
+        assert numbers.learning_rate.dtype == jnp.int32
+        return set(np.asarray(numbers.learning_rate)[np.asarray(source) != np.arange(64)].tolist())
+
+    assert moved(3, 1, 100) == {2, 4}
+    assert moved(1, 0.5, 3.5) == {1, 2}
+    assert moved(10, 1, 100) == {8, 12}
+    assert moved(3, 1, 3) == {2, 3}
+    assert moved(-3, -9, 9) == {-4, -2}
+    assert moved(0, -9, 9) == {-1, 1}
+    assert moved(7, 1.5, 8.5, factor=2.0) == {4, 8}
+    with pytest.raises(ValueError, match=r"low=1.2, high=1.8.*is a whole number, and none is between"):
+        moved(1, 1.2, 1.8)
+
+
 def test_without_a_score_nothing_happens_and_it_makes_no_donor():
     states, hparams = population()
     step = jax.jit(jax.vmap(lambda key, score: sweep.exploit_and_explore(
