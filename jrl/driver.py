@@ -123,8 +123,9 @@ def run(
         overwrite: replace a run that is already in ``out``.
 
     Raises:
-        RunError: (a ValueError) the run folder is in use or not writable, an unknown name or field, fewer
-            ``env_steps`` than the warm-up takes. Raised before anything is computed, but for the last.
+        RunError: (a ValueError) the run folder is in use, not writable or that of the model that the environment is
+            made of, an unknown name or field, fewer ``env_steps`` than the warm-up takes. Raised before anything
+            is computed, but for the last.
         NonFiniteError: a metric or a parameter became NaN or infinite; the last checkpoint is from before.
         ValueError, TypeError: what the algorithm or the environment refuses.
     """
@@ -133,6 +134,7 @@ def run(
     folder = None if out is None else Path(out)
     if folder is not None:
         records.check_new(folder, overwrite)
+        records.check_not_needed(folder, (env_kwargs or {}).get("model"))
     setup = configuration.build(
         algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs, prng=prng
     )

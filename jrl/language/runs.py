@@ -94,12 +94,14 @@ def train(
         start: the model to go on from, or the teacher.
 
     Raises:
-        ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse.
+        ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse; ``options.out`` is the
+            folder of the model or of the teacher.
     """
     driver.check_numbers(tokens=options.tokens, seed=options.seed, keep=options.keep)
     driver.check_numbers(checkpoint_seconds=options.checkpoint_seconds)
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
+    records.check_not_needed(options.out, options.model, "teacher" if kind == "distill" else "--model")
     teacher = None if start is None or kind == "pretrain" else start.config
     from_path = None if options.model is None else str(options.model)
     record: dict[str, Any] = {

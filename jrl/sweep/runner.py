@@ -159,8 +159,8 @@ def execute(
         figures: draw figures into ``out``.
 
     Raises:
-        RunError: (a ValueError) the folder is in use, holds another sweep or cannot be written to; nothing fits
-            into memory.
+        RunError: (a ValueError) the folder is in use, holds another sweep or the model that the environment is made of,
+            or cannot be written to; nothing fits into memory.
         ValueError, TypeError: an unknown or static hyperparameter, an empty grid, a number out of range.
     """
     setup, who, record = prepare(
@@ -193,6 +193,7 @@ def execute(
                 check_same(records.read_sweep(folder), record)
             elif processes.is_first():
                 records.check_new(folder, overwrite)
+                records.check_not_needed(folder, (env_kwargs or {}).get("model"))
                 records.create(folder)
             if processes.is_first():
                 stack.enter_context(records.locked(folder))

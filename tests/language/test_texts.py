@@ -244,6 +244,27 @@ def test_it_is_resumed_in_the_same_bits(folder):
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
 
 
+@pytest.mark.parametrize("out", ["lm", "link"])
+def test_the_model_that_a_run_needs_is_not_overwritten(folder, out, capsys):
+    if out == "link":
+        (folder / out).symlink_to(folder / "lm")
+    before = {path: path.read_bytes() for path in (folder / "lm").rglob("*") if path.is_file()}
+    here, corpus = ["--out", folder / out, "--overwrite"], ["--corpus", folder / "corpus.txt"]
+    text = ["grpo", "--env", "Text-jrl", *TINY, *here, "--model"]
+    for args in (
+        ["train", *text, folder / "lm"],
+        ["train", *text, folder / "rl"],  # what it has learned is read with that model
+        ["sweep", *text, folder / "lm"],
+        ["sweep", *text, folder / "lm", "--static-grid", "group_size=2,4"],
+        ["pretrain", *corpus, *here, "--model", folder / "lm"],
+        ["distill", folder / "lm", *corpus, *here],
+    ):
+        error = fails(capsys, *args)
+        assert f"run folder {folder / out} holds the model" in error
+        assert "A run needs a folder of its own; choose another path with --out" in error
+        assert {path: path.read_bytes() for path in before} == before
+
+
 def test_token_dqn_starts_from_a_model_too(folder, capsys):
     args = [
         "--num-envs",
