@@ -128,6 +128,18 @@ def test_distill_learns_from_the_run(folder, tmp_path):
     assert cli.main(["resume", str(tmp_path / "small"), "--env-steps", str(3 * STEP)]) == 0
 
 
+def test_the_step_size_is_annealed_over_the_run_unless_it_is_said_otherwise(folder, tmp_path):
+    def rates(annealing, *args):
+        out = tmp_path / f"{args[0]}{''.join(annealing)}"
+        run = ["--corpus", str(folder / "corpus.txt"), "--out", str(out), "--tokens", str(4 * STEP)]
+        assert cli.main([*args, *run, *annealing]) == 0
+        return [row["learning_rate"] for row in records.read_metrics(out)]
+
+    for args in (["pretrain", *TINY], ["distill", str(folder / "lm"), *TINY[-6:]]):
+        assert 1e-4 <= rates([], *args)[-1] < 2e-4
+        np.testing.assert_allclose(rates(["--anneal-tokens", "0"], *args), 1e-3, rtol=1e-6)
+
+
 def test_generate_puts_a_blank_between_the_prompt_and_the_next_word():
     tokenizer = tokenizers.Word.of("once upon a time")
     config = transformer.Config(
