@@ -105,10 +105,12 @@ def distill(args: Sequence[str], free_folder: Any) -> int:
     )
     options = DistillOptions(**run)
     teacher = runs.load(args[0])
-    corpus = options.corpus or _corpus_of(Path(args[0]))
+    corpus, text = options.corpus, data.read(options.corpus) if options.corpus else ""
+    if not corpus:
+        corpus, text = _corpus_of(Path(args[0]))
     result = runs.train(
         "distill",
-        text=data.read(corpus),
+        text=text,
         tokenizer=teacher.tokenizer,
         model=_student(teacher.config, options.student_config),
         config=distillation.Config(**config),
@@ -203,12 +205,16 @@ def _student(teacher: transformer.Config, given: str) -> transformer.Config:
     return dataclasses.replace(teacher, **changes)
 
 
-def _corpus_of(folder: Path) -> str:
+def _corpus_of(folder: Path) -> tuple[str, str]:
+    """Return the name and the text of what a teacher was trained on."""
     if not runs.is_run(folder):
         raise ValueError(
             f"{folder} is no run of jrl, so that it does not say what it was trained on: pass --corpus."
         )
-    return records.read_run(folder)["corpus"]["name"]
+    record = records.read_run(folder)
+    why = "the student would learn from another text than its teacher"
+    fix = ", or say which to learn from (--corpus)"
+    return record["corpus"]["name"], runs.corpus_of(folder, record, why, fix)
 
 
 # -------------------------------------------------------------------------------------------- generating
