@@ -109,7 +109,7 @@ def train(
         "kind": kind,
         "algorithm": {"name": kind, "module": KINDS[kind].__name__},
         "environment": {"id": None, "name": Path(options.corpus).name, "kwargs": {}},
-        "corpus": {"name": corpus, "sha256": _sha256(text), "validation": options.validation},
+        "corpus": {"name": corpus, "sha256": sha256(text), "validation": options.validation},
         "tokenizer": type(tokenizer).__name__,
         "model": dataclasses.asdict(model),
         "start": from_path,
@@ -176,7 +176,7 @@ def corpus_of(folder: Path, record: Mapping[str, Any], why: str, fix: str = "") 
     """
     name = record["corpus"]["name"]
     text = data.read(name)
-    if _sha256(text) != record["corpus"]["sha256"]:
+    if sha256(text) != record["corpus"]["sha256"]:
         python = f"Use the Python whose text it was ({record['versions'].get('python')})"
         old = python if name == data.BUILTIN else "Put the old text back"
         raise RunError(f"corpus {name} has changed since the run in {folder} was started: {why}. {old}{fix}.")
@@ -348,5 +348,6 @@ def _corpora(record: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> tupl
     return data.stream(tokenizer.encode(text), tokenizer, record["corpus"]["validation"])
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+    """Return what ``run.json`` tells one text from another by."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -191,6 +191,7 @@ def execute(
             going_on = processes.from_first(resume and (folder / records.SWEEP).exists())
             if going_on:
                 check_same(records.read_sweep(folder), record)
+                configuration.check_sources(records.read_sweep(folder), setup.env, folder)
             elif processes.is_first():
                 records.check_new(folder, overwrite)
                 records.check_not_needed(folder, (env_kwargs or {}).get("model"))
@@ -290,12 +291,14 @@ def resume(
         devices, progress, figures: as in :func:`execute`.
 
     Raises:
-        RunError: no sweep's folder, in use by another process, or no checkpoint is intact.
+        RunError: no sweep's folder, in use by another process, no checkpoint is intact, or what the environment is made
+            of (a frozen model, a corpus, prompts) has changed.
     """
     folder = Path(path)
     record = records.read_sweep(folder)
     driver.warn_of_other_versions(record)
     setup = configuration.from_json(record, algorithm=algorithm, env=env)
+    configuration.check_sources(record, setup.env, folder)
     who = members_of(record, setup)
     search: Halving | PBT | None = None if record["halving"] is None else Halving(**record["halving"])
     if record.get("pbt") is not None:
