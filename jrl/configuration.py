@@ -256,12 +256,19 @@ def to_json(setup: Setup) -> dict[str, Any]:
     config = None if setup.config is None else plain(_fields(setup.config))
     # Left out where it is what runs of before had.
     prng = {} if setup.prng == "threefry" else {"prng": setup.prng}
-    return prng | {
-        "algorithm": {"name": setup.algorithm, "module": setup.module},
-        "environment": {"id": setup.env_id, "name": setup.env.name, "kwargs": plain(setup.env_kwargs)},
-        "config": config,
-        "hparams": {name: _shortest(np.asarray(leaf)) for name, leaf in named_leaves(setup.hparams).items()},
-    }
+    sources = sources_of(setup.env)
+    return (
+        prng
+        | ({"sources": sources} if sources else {})
+        | {
+            "algorithm": {"name": setup.algorithm, "module": setup.module},
+            "environment": {"id": setup.env_id, "name": setup.env.name, "kwargs": plain(setup.env_kwargs)},
+            "config": config,
+            "hparams": {
+                name: _shortest(np.asarray(leaf)) for name, leaf in named_leaves(setup.hparams).items()
+            },
+        }
+    )
 
 
 def from_json(
@@ -308,6 +315,42 @@ def from_json(
         prng=record.get("prng", "threefry"),
     )
     return dataclasses.replace(setup, hparams=_restore_numbers(setup.hparams, record["hparams"]))
+
+
+def sources_of(env: Environment) -> dict[str, Any]:
+    """Return what the environment was made of beside its arguments: files and weights, with their SHA-256."""
+    sources = getattr(env.step, "sources", None)
+    return {} if sources is None else sources()
+
+
+def changed_sources(record: Mapping[str, Any], env: Environment) -> str:
+    """Return which of the sources in ``run.json`` or ``sweep.json`` are others now, in words; "" for none.
+
+    What was recorded without them counts as unchanged.
+    """
+    before = record.get("sources", {})
+    now = sources_of(env) if before else {}
+    changed = []
+    for what in sorted({*before} & {*now}):
+        old, new = before[what], now[what]
+        if old["sha256"] != new["sha256"]:
+            steps = old.get("step"), new.get("step")
+            told = "" if None in steps else f" (step {steps[0]}, now {steps[1]})"
+            changed.append(f"{what} {new['name']}{told}")
+    return ", ".join(changed)
+
+
+def check_sources(record: Mapping[str, Any], env: Environment, folder: Any) -> None:
+    """Refuse to go on with an environment that is made of other files than the run or sweep in ``folder`` was.
+
+    Raises:
+        RunError: a model that was trained further, a corpus or prompts that were edited.
+    """
+    if changed := changed_sources(record, env):
+        raise RunError(
+            f"changed since the training in {folder} was started: {changed}. With other rewards, or another "
+            "reference, it cannot go on as it would have. Put the old content back, or start anew with another --out."
+        )
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -123,8 +123,9 @@ def run(
         overwrite: replace a run that is already in ``out``.
 
     Raises:
-        RunError: (a ValueError) the run folder is in use or not writable, an unknown name or field, fewer
-            ``env_steps`` than the warm-up takes. Raised before anything is computed, but for the last.
+        RunError: (a ValueError) the run folder is in use, not writable or that of the model that the environment is
+            made of, an unknown name or field, fewer ``env_steps`` than the warm-up takes. Raised before anything
+            is computed, but for the last.
         NonFiniteError: a metric or a parameter became NaN or infinite; the last checkpoint is from before.
         ValueError, TypeError: what the algorithm or the environment refuses.
     """
@@ -133,6 +134,7 @@ def run(
     folder = None if out is None else Path(out)
     if folder is not None:
         records.check_new(folder, overwrite)
+        records.check_not_needed(folder, (env_kwargs or {}).get("model"))
     setup = configuration.build(
         algorithm, env, config=config, hparams=hparams, env_kwargs=env_kwargs, prng=prng
     )
@@ -223,13 +225,15 @@ def resume(
         progress: as in :func:`run`.
 
     Raises:
-        RunError: not a run folder, in use by another process, or ``env_steps`` is less than already trained.
+        RunError: not a run folder, in use by another process, ``env_steps`` is less than already trained, or what the
+            environment is made of (a frozen model, a corpus, prompts) has changed.
         CheckpointError: (a RunError) no checkpoint is intact, or it is of another configuration.
         NonFiniteError: as in :func:`run`.
     """
 
     def build(record: Mapping[str, Any]) -> tuple[Setup, Task | None]:
         setup = configuration.from_json(record, algorithm=algorithm, env=env, hparams=hparams)
+        configuration.check_sources(record, setup.env, path)
         return setup, _task(setup)
 
     return resume_run(Path(path), env_steps, build, loggers, progress)
@@ -335,13 +339,19 @@ def evaluate(
             raise RunError(
                 f"{path} holds a sweep: say which of its members, member=N (--member N), and no step."
             )
-        loaded = sweep.load(path, member)
-        own_seed = records.read_sweep(path)["seeds"][member]
+        loaded, record = sweep.load(path, member), records.read_sweep(path)
+        own_seed = record["seeds"][member]
     elif member is not None:
         raise RunError(f"member={member}: {path} holds no sweep; leave it out.")
     else:
-        loaded = load(path, step)
-        own_seed = records.read_run(path)["seed"]
+        loaded, record = load(path, step), records.read_run(path)
+        own_seed = record["seed"]
+    if changed := configuration.changed_sources(record, loaded.env):
+        warnings.warn(
+            f"changed since the training in {path} was started: {changed}. Episodes are rewarded by what is there now.",
+            RunWarning,
+            stacklevel=2,
+        )
     seed = own_seed if seed is None else seed
     evaluation = loop.evaluate(
         loaded.env, loaded.algo, loaded.hparams, loaded.state, seed, num_episodes, greedy

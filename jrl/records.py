@@ -299,6 +299,33 @@ def check_new(folder: Path, overwrite: bool) -> None:
         )
 
 
+def check_not_needed(folder: Path, model: Any, name: str = "model") -> None:
+    """Refuse a run folder that holds a model which the new run begins with, or which that model began with.
+
+    ``overwrite`` would delete it before the run has read it, or saved anything in its place.
+
+    Args:
+        folder: where the run is to be written.
+        model: its folder, or something that is no path, which is let through.
+        name: what the caller calls it.
+
+    Raises:
+        RunError: it is in ``folder``.
+    """
+    path, seen = model, []
+    while isinstance(path, str | os.PathLike) and path not in seen:
+        seen.append(path)
+        if folder.exists() and Path(path).exists() and folder.samefile(path):
+            user = "the run begins with" if path == model else f"{seen[-2]} was trained from and is read with"
+            raise RunError(
+                f"run folder {folder} holds the model that {user} ({name} {model}): replacing it (--overwrite, "
+                "overwrite=True) would delete that model. A run needs a folder of its own; choose another "
+                "path with --out (out=...)."
+            )
+        # What a run on texts has learned is read with the model that its environment was made of.
+        path = read_run(path)["environment"]["kwargs"].get("model") if (Path(path) / RUN).exists() else None
+
+
 def check_path(folder: Path) -> None:
     """Refuse a path that orbax would take for a pattern: it would not find what it has just written there.
 

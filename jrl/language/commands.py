@@ -23,6 +23,18 @@ from jrl.types import Params
 _HEADS = ("value_head", "num_q_heads", "dueling")
 
 
+_ANNEALING = "anneal_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Annealing:
+    """In place of the number of :class:`~jrl.language.pretraining.HParams`, which knows no run to be as long as."""
+
+    anneal_tokens: float | None = None
+    """Tokens, warm-up included, over which the step size falls along a cosine to its end; 0 keeps it constant. By
+    default the whole run, --tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DistillOptions(runs.Options):
     """The run, beside the student's and the algorithm's own settings."""
@@ -43,9 +55,12 @@ def pretrain(args: Sequence[str], free_folder: Any) -> int:
         flags.flags(runs.Options),
         architecture,
         flags.flags(pretraining.Config),
-        flags.flags(pretraining.HParams),
+        flags.flags(pretraining.HParams, skip=(_ANNEALING,)),
+        flags.flags(_Annealing),
     ]
-    run, model, config, numbers = flags.parse_groups("jrl pretrain", pretraining.__doc__ or "", groups, args)
+    run, model, config, numbers, annealing = flags.parse_groups(
+        "jrl pretrain", pretraining.__doc__ or "", groups, args
+    )
     options = runs.Options(**run)
     start = runs.load(options.model) if options.model else None
     defaults = {field.name: field.default for field in dataclasses.fields(transformer.Config)}
@@ -64,7 +79,7 @@ def pretrain(args: Sequence[str], free_folder: Any) -> int:
         tokenizer=tokenizer,
         model=made,
         config=pretraining.Config(**config),
-        hparams=pretraining.HParams(**_annealed(numbers, options.tokens)),
+        hparams=pretraining.HParams(**numbers, **_annealed(annealing, options.tokens)),
         options=dataclasses.replace(options, out=options.out or free_folder("lm")),
         start=start,
     )
@@ -82,21 +97,24 @@ def distill(args: Sequence[str], free_folder: Any) -> int:
     groups = [
         flags.flags(DistillOptions, skip=("model",)),
         flags.flags(distillation.Config),
-        flags.flags(distillation.HParams),
+        flags.flags(distillation.HParams, skip=(_ANNEALING,)),
+        flags.flags(_Annealing),
     ]
-    run, config, numbers = flags.parse_groups(
+    run, config, numbers, annealing = flags.parse_groups(
         "jrl distill MODEL", distillation.__doc__ or "", groups, args[1:]
     )
     options = DistillOptions(**run)
     teacher = runs.load(args[0])
-    corpus = options.corpus or _corpus_of(Path(args[0]))
+    corpus, text = options.corpus, data.read(options.corpus) if options.corpus else ""
+    if not corpus:
+        corpus, text = _corpus_of(Path(args[0]))
     result = runs.train(
         "distill",
-        text=data.read(corpus),
+        text=text,
         tokenizer=teacher.tokenizer,
         model=_student(teacher.config, options.student_config),
         config=distillation.Config(**config),
-        hparams=distillation.HParams(**_annealed(numbers, options.tokens)),
+        hparams=distillation.HParams(**numbers, **_annealed(annealing, options.tokens)),
         options=dataclasses.replace(
             options, out=options.out or free_folder("distilled"), corpus=corpus, model=Path(args[0])
         ),
@@ -163,9 +181,9 @@ def _tokenizer(name: str, text: str) -> Tokenizer:
     return known[name]() if name in known else tokenizers.read(name)
 
 
-def _annealed(numbers: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Anneal over the whole run where nothing else is said."""
-    return numbers | ({} if numbers["anneal_tokens"] else {"anneal_tokens": float(tokens)})
+def _annealed(given: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Anneal over the whole run where nothing else is said; 0 says that the step size stays as it is."""
+    return {_ANNEALING: float(tokens)} if given[_ANNEALING] is None else given
 
 
 def _student(teacher: transformer.Config, given: str) -> transformer.Config:
@@ -187,12 +205,16 @@ def _student(teacher: transformer.Config, given: str) -> transformer.Config:
     return dataclasses.replace(teacher, **changes)
 
 
-def _corpus_of(folder: Path) -> str:
+def _corpus_of(folder: Path) -> tuple[str, str]:
+    """Return the name and the text of what a teacher was trained on."""
     if not runs.is_run(folder):
         raise ValueError(
             f"{folder} is no run of jrl, so that it does not say what it was trained on: pass --corpus."
         )
-    return records.read_run(folder)["corpus"]["name"]
+    record = records.read_run(folder)
+    why = "the student would learn from another text than its teacher"
+    fix = ", or say which to learn from (--corpus)"
+    return record["corpus"]["name"], runs.corpus_of(folder, record, why, fix)
 
 
 # -------------------------------------------------------------------------------------------- generating

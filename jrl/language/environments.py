@@ -146,6 +146,8 @@ class TokenStep:
         unrated: the step without it, for kernels that rate whole texts themselves.
         decoder: what ``model="pretrained"`` starts from, or None.
         grammar: of what is generated, or None.
+        sources: ``() -> {what: {"name", "sha256"}}`` of the files that it was made of, for the records of runs; None
+            where there are none.
     """
 
     function: Callable[..., Any]
@@ -160,6 +162,7 @@ class TokenStep:
     unrated: Callable[..., Any]
     decoder: Decoder | None
     grammar: grammars.Automaton | None
+    sources: Callable[[], dict[str, Any]] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Step one environment."""

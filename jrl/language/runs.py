@@ -94,19 +94,22 @@ def train(
         start: the model to go on from, or the teacher.
 
     Raises:
-        ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse.
+        ValueError: as :func:`jrl.run`, and what the corpus, the tokenizer and the model refuse; ``options.out`` is the
+            folder of the model or of the teacher.
     """
     driver.check_numbers(tokens=options.tokens, seed=options.seed, keep=options.keep)
     driver.check_numbers(checkpoint_seconds=options.checkpoint_seconds)
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
+    records.check_not_needed(options.out, options.model, "teacher" if kind == "distill" else "--model")
     teacher = None if start is None or kind == "pretrain" else start.config
-    from_path = None if options.model is None else str(options.model)
+    from_path = None if options.model is None else str(Path(options.model).resolve())
+    corpus = options.corpus if options.corpus == data.BUILTIN else str(Path(options.corpus).resolve())
     record: dict[str, Any] = {
         "kind": kind,
         "algorithm": {"name": kind, "module": KINDS[kind].__name__},
         "environment": {"id": None, "name": Path(options.corpus).name, "kwargs": {}},
-        "corpus": {"name": str(options.corpus), "sha256": _sha256(text), "validation": options.validation},
+        "corpus": {"name": corpus, "sha256": sha256(text), "validation": options.validation},
         "tokenizer": type(tokenizer).__name__,
         "model": dataclasses.asdict(model),
         "start": from_path,
@@ -133,12 +136,8 @@ def resume(folder: Path, tokens: int | None = None, progress: str | None = None)
     """
 
     def build(record: Mapping[str, Any]) -> tuple[Setup, Task]:
-        text = data.read(record["corpus"]["name"])
-        if _sha256(text) != record["corpus"]["sha256"]:
-            raise RunError(
-                f"corpus {record['corpus']['name']} has changed since the run in {folder} was started: it cannot go "
-                "on as it would have. Put the old text back, or start a new run with --model."
-            )
+        why, fix = "it cannot go on as it would have", ", or start a new run with --model"
+        text = corpus_of(folder, record, why, fix)
         # Killed before its first checkpoint, it begins again from where it began.
         again = record.get("start") is not None and not checkpoint.steps(folder / records.CHECKPOINTS)
         return _build(record, text, tokenizers.read(folder), load(record["start"]).params if again else None)
@@ -147,12 +146,41 @@ def resume(folder: Path, tokens: int | None = None, progress: str | None = None)
 
 
 def evaluate(folder: Path) -> dict[str, Any]:
-    """Return ``validation_loss``, ``perplexity`` and ``num_tokens`` of a run's model on its validation text."""
+    """Return ``validation_loss``, ``perplexity`` and ``num_tokens`` of a run's model on its validation text.
+
+    Raises:
+        RunError: not a run folder, or the corpus has changed.
+        CheckpointError: (a RunError) no checkpoint is intact.
+        ValueError: the corpus cannot be read.
+    """
     record, model = records.read_run(folder), load(folder)
-    _, validation = _corpora(record, data.read(record["corpus"]["name"]), model.tokenizer)
+    text = corpus_of(folder, record, "its validation text is another")
+    _, validation = _corpora(record, text, model.tokenizer)
     evaluation = _evaluate(record, model.config, model.params, validation)
     assert evaluation is not None  # None is for a requested stop
     return evaluation
+
+
+def corpus_of(folder: Path, record: Mapping[str, Any], why: str, fix: str = "") -> str:
+    """Return the text that a run was trained on.
+
+    Args:
+        folder: the run's.
+        record: what its ``run.json`` says.
+        why: what is wrong with another text, for the message.
+        fix: what can be done beside putting the old one back.
+
+    Raises:
+        RunError: it has changed since.
+        ValueError: it cannot be read.
+    """
+    name = record["corpus"]["name"]
+    text = data.read(name)
+    if sha256(text) != record["corpus"]["sha256"]:
+        python = f"Use the Python whose text it was ({record['versions'].get('python')})"
+        old = python if name == data.BUILTIN else "Put the old text back"
+        raise RunError(f"corpus {name} has changed since the run in {folder} was started: {why}. {old}{fix}.")
+    return text
 
 
 def is_run(folder: Path) -> bool:
@@ -320,5 +348,6 @@ def _corpora(record: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> tupl
     return data.stream(tokenizer.encode(text), tokenizer, record["corpus"]["validation"])
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+    """Return what ``run.json`` tells one text from another by."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,17 +11,20 @@ policy starts from the model, and the model is the reference that it is kept nea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jrl import records
+from jrl import checkpoint, configuration, records
 from jrl.language import data, generation, named_rewards, runs, tokenizers
-from jrl.language.environments import Decoder, Prompts, token_mdp
+from jrl.language.environments import Decoder, Prompts, token_mdp, token_step
 from jrl.networks import transformer
-from jrl.types import Environment
+from jrl.types import Environment, Params
 
 ID = "Text-jrl"
 
@@ -57,16 +60,30 @@ def make(
         ValueError: a prompt that leaves no room in the context, something that the tokenizer cannot spell, a reward
             that is none, a file that cannot be read.
     """
+    step = None if model is None else checkpoint.latest_step(Path(model) / records.CHECKPOINTS)
     read = None if model is None else runs.load(model)
     name = corpus or (_corpus_of(Path(model)) if model else "") or data.BUILTIN
-    tokenizer = tokenizers.Char.of(data.read(name)) if read is None else read.tokenizer
+    files: dict[str, Any] = {}
+
+    def text(what: str, path: str) -> str:
+        content = data.read(path)
+        files[what] = {"name": path, "sha256": runs.sha256(content)}
+        return content
+
+    def sources() -> dict[str, Any]:
+        if read is None:
+            return files
+        return {"model": {"name": str(model), "step": step, "sha256": _sha256(read.params)}, **files}
+
+    tokenizer = tokenizers.Char.of(text("corpus", name)) if read is None else read.tokenizer
     vocab_size = tokenizer.vocab_size if read is None else read.config.vocab_size
 
     @functools.cache  # most choices need no corpus
     def tokens() -> np.ndarray:
-        return np.asarray(tokenizer.encode(data.read(name)), np.int64)
+        return np.asarray(tokenizer.encode(text("corpus", name)), np.int64)
 
-    given = _prompts(prompts, tokenizer, tokens, prompt_length, num_prompts, seed)
+    lines = functools.partial(text, "prompts", prompts)
+    given = _prompts(prompts, lines, tokenizer, tokens, prompt_length, num_prompts, seed)
     if read is not None:
         generation.check_lengths(read.config, int(given.tokens.shape[1]), max_new_tokens)
     source = named_rewards.Source(
@@ -76,7 +93,7 @@ def make(
         None if read is None else functools.partial(transformer.log_probs, read.params, read.config),
     )
     per_token, rating = named_rewards.build([reward] if isinstance(reward, str) else reward, source)
-    return token_mdp(
+    env = token_mdp(
         given,
         per_token,
         vocab_size=vocab_size,
@@ -87,6 +104,17 @@ def make(
         decoder=None if read is None else Decoder(read.params, read.config),
         name=ID,
     )
+    return env._replace(step=dataclasses.replace(token_step(env, ID), sources=sources))
+
+
+def _sha256(params: Params) -> str:
+    """Return one of all weights, whatever files they lie in; of a large model it takes seconds."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(configuration.named_leaves(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _corpus_of(folder: Path) -> str:
@@ -112,6 +140,7 @@ def _end(end: str, tokenizer: tokenizers.Tokenizer) -> int | None:
 
 def _prompts(
     prompts: str,
+    read: Callable[[], str],
     tokenizer: tokenizers.Tokenizer,
     corpus: Callable[[], np.ndarray],
     length: int,
@@ -132,7 +161,7 @@ def _prompts(
         pieces = tokens[first[:, None] + np.arange(length)]
         pieces = np.concatenate([np.tile(np.array(start, np.int64), (count, 1)), pieces], axis=1)
         return Prompts(pieces, np.full(count, pieces.shape[1]))
-    lines = [line for line in data.read(prompts).split("\n") if line.strip()]
+    lines = [line for line in read().split("\n") if line.strip()]
     encoded = [[*start, *tokenizer.encode(line)] for line in lines]
     longest = max(map(len, encoded))
     table = np.array([[*row, *[0] * (longest - len(row))] for row in encoded])

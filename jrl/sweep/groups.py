@@ -97,6 +97,8 @@ def execute(
                 "choice is a sweep of its own; leave one out."
             )
         configs.append(setup.config)
+    if folder is not None:
+        records.check_not_needed(folder, (settings.get("env_kwargs") or {}).get("model"))
     with ExitStack() as stack:
         if folder is not None and processes.is_first():
             _claim(folder, choices, command, stack, overwrite=overwrite, resume=resume)

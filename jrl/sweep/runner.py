@@ -159,8 +159,8 @@ def execute(
         figures: draw figures into ``out``.
 
     Raises:
-        RunError: (a ValueError) the folder is in use, holds another sweep or cannot be written to; nothing fits
-            into memory.
+        RunError: (a ValueError) the folder is in use, holds another sweep or the model that the environment is made of,
+            or cannot be written to; nothing fits into memory.
         ValueError, TypeError: an unknown or static hyperparameter, an empty grid, a number out of range.
     """
     setup, who, record = prepare(
@@ -192,9 +192,11 @@ def execute(
             if going_on:
                 began = records.read_sweep(folder)
                 check_same(began, record)
+                configuration.check_sources(began, setup.env, folder)
                 driver.warn_of_other_versions(began)
             elif processes.is_first():
                 records.check_new(folder, overwrite)
+                records.check_not_needed(folder, (env_kwargs or {}).get("model"))
                 records.create(folder)
             if processes.is_first():
                 stack.enter_context(records.locked(folder))
@@ -291,12 +293,14 @@ def resume(
         devices, progress, figures: as in :func:`execute`.
 
     Raises:
-        RunError: no sweep's folder, in use by another process, or no checkpoint is intact.
+        RunError: no sweep's folder, in use by another process, no checkpoint is intact, or what the environment is made
+            of (a frozen model, a corpus, prompts) has changed.
     """
     folder = Path(path)
     record = records.read_sweep(folder)
     driver.warn_of_other_versions(record)
     setup = configuration.from_json(record, algorithm=algorithm, env=env)
+    configuration.check_sources(record, setup.env, folder)
     who = members_of(record, setup)
     search: Halving | PBT | None = None if record["halving"] is None else Halving(**record["halving"])
     if record.get("pbt") is not None:

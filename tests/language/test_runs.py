@@ -128,6 +128,18 @@ def test_distill_learns_from_the_run(folder, tmp_path):
     assert cli.main(["resume", str(tmp_path / "small"), "--env-steps", str(3 * STEP)]) == 0
 
 
+def test_the_step_size_is_annealed_over_the_run_unless_it_is_said_otherwise(folder, tmp_path):
+    def rates(annealing, *args):
+        out = tmp_path / f"{args[0]}{''.join(annealing)}"
+        run = ["--corpus", str(folder / "corpus.txt"), "--out", str(out), "--tokens", str(4 * STEP)]
+        assert cli.main([*args, *run, *annealing]) == 0
+        return [row["learning_rate"] for row in records.read_metrics(out)]
+
+    for args in (["pretrain", *TINY], ["distill", str(folder / "lm"), *TINY[-6:]]):
+        assert 1e-4 <= rates([], *args)[-1] < 2e-4
+        np.testing.assert_allclose(rates(["--anneal-tokens", "0"], *args), 1e-3, rtol=1e-6)
+
+
 def test_generate_puts_a_blank_between_the_prompt_and_the_next_word():
     tokenizer = tokenizers.Word.of("once upon a time")
     config = transformer.Config(
@@ -195,6 +207,36 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
 
 def test_a_corpus_that_has_changed_is_noticed(folder, capsys):
     (folder / "corpus.txt").write_text(TEXT + "!")
-    error = fails(capsys, "resume", folder / "lm", "--env-steps", 5 * STEP)
+    small = folder / "small"
+    for args in (
+        ["resume", folder / "lm", "--env-steps", 5 * STEP],
+        ["eval", folder / "lm"],
+        ["distill", folder / "lm", "--out", small],
+    ):
+        error = fails(capsys, *args)
+        assert (
+            f"corpus {folder / 'corpus.txt'} has changed since the run in {folder / 'lm'} was started"
+            in error
+        )
+        assert "Put the old text back" in error
+    assert not small.exists()
+    args = ["distill", folder / "lm", "--out", small, "--tokens", STEP, *TINY[-6:]]
+    assert cli.main([str(arg) for arg in [*args, "--corpus", folder / "corpus.txt"]]) == 2  # it has no "!"
+    assert "the character '!' is not in the alphabet" in capsys.readouterr().err
     (folder / "corpus.txt").write_text(TEXT)
-    assert "has changed since the run" in error
+
+
+def test_a_corpus_is_found_from_another_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    args = ["--corpus", "corpus.txt", "--model", "lm", "--out", str(tmp_path / "lm"), "--tokens", str(STEP)]
+    assert cli.main(["pretrain", *args, *TINY[-6:]]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "lm"]) == 0
+    record = records.read_run("lm")
+    assert record["start"] == str(folder / "lm")
+    # Those of before have the path as it was given.
+    record["corpus"]["name"] = "corpus.txt"
+    records.write_json(tmp_path / "lm" / "run.json", record)
+    assert "corpus corpus.txt cannot be read" in fails(capsys, "eval", "lm")
+    monkeypatch.chdir(folder)
+    assert cli.main(["eval", str(tmp_path / "lm")]) == 0

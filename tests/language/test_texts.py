@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import cli, flags, records
+from jrl import cli, configuration, flags, records
 from jrl.language import models, named_rewards, ngrams, offline, policy_gradient, runs, tokenizers, weights
 from jrl.language.environments import Prompts, Rating, at_end, token_mdp
 from jrl.language.rewards import Text
@@ -242,6 +243,71 @@ def test_it_is_resumed_in_the_same_bits(folder):
     assert cli.main(["resume", str(folder / "parts"), "--env-steps", "160"]) == 0
     whole, parts = runs.load(folder / "rl"), runs.load(folder / "parts")
     jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+
+
+@pytest.mark.parametrize("out", ["lm", "link"])
+def test_the_model_that_a_run_needs_is_not_overwritten(folder, out, capsys):
+    if out == "link":
+        (folder / out).symlink_to(folder / "lm")
+    before = {path: path.read_bytes() for path in (folder / "lm").rglob("*") if path.is_file()}
+    here, corpus = ["--out", folder / out, "--overwrite"], ["--corpus", folder / "corpus.txt"]
+    text = ["grpo", "--env", "Text-jrl", *TINY, *here, "--model"]
+    for args in (
+        ["train", *text, folder / "lm"],
+        ["train", *text, folder / "rl"],  # what it has learned is read with that model
+        ["sweep", *text, folder / "lm"],
+        ["sweep", *text, folder / "lm", "--static-grid", "group_size=2,4"],
+        ["pretrain", *corpus, *here, "--model", folder / "lm"],
+        ["distill", folder / "lm", *corpus, *here],
+    ):
+        error = fails(capsys, *args)
+        assert f"run folder {folder / out} holds the model" in error
+        assert "A run needs a folder of its own; choose another path with --out" in error
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_model_that_was_trained_further_is_noticed(folder, tmp_path, capsys):
+    shutil.copytree(folder / "lm", tmp_path / "lm")
+    (tmp_path / "prompts.txt").write_text("to\nbe\n")
+    given = ["--model", tmp_path / "lm", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "rl"]
+    args = ["train", *GRPO, "--env-steps", 40, *given]
+    assert cli.main([str(arg) for arg in args]) == 0
+    record = records.read_run(tmp_path / "rl")
+    assert set(record["sources"]) == {"model", "prompts", "corpus"}
+    assert record["sources"]["model"]["step"] == 640 // (4 * 8 * 10)
+    assert set(records.read_run(folder / "rl")["sources"]) == {"model", "corpus"}
+
+    start = f"changed since the training in {tmp_path / 'rl'} was started: "
+    assert cli.main(["resume", str(tmp_path / "lm"), "--env-steps", "960"]) == 0
+    error = fails(capsys, "resume", tmp_path / "rl", "--env-steps", 80)
+    assert error.startswith(f"error: {start}model {tmp_path / 'lm'} (step 2, now 3). ")
+    assert "Put the old content back, or start anew with another --out" in error
+    assert cli.main(["eval", str(tmp_path / "rl"), "--episodes", "2"]) == 0
+    assert capsys.readouterr().err.startswith(f"warning: {start}model {tmp_path / 'lm'} (step 2, now 3). ")
+    shutil.rmtree(tmp_path / "lm")
+    shutil.copytree(folder / "lm", tmp_path / "lm")
+    (tmp_path / "prompts.txt").write_text("to\nor\n")
+    error = fails(capsys, "resume", tmp_path / "rl", "--env-steps", 80)
+    assert error.startswith(f"error: {start}prompts {tmp_path / 'prompts.txt'}. ")
+    # A run of before does not say what it was made of, and goes on.
+    env = jrl.make("Text-jrl", **record["environment"]["kwargs"])
+    assert configuration.changed_sources(record, env)
+    del record["sources"]
+    assert not configuration.changed_sources(record, env)
+
+
+def test_a_sweep_does_not_go_on_with_another_model(folder, tmp_path):
+    kwargs = {"model": str(folder / "lm"), "max_new_tokens": 5, "prompt_length": 3}
+    sweep = {"env": "Text-jrl", "env_kwargs": kwargs, "config": {"model": "pretrained"}, "env_steps": 160}
+    _, _, record = runner.prepare("grpo", **sweep)
+    record["sources"]["model"]["sha256"] = "another"
+    records.write_json(tmp_path / records.SWEEP, record)
+    for go_on in (
+        lambda: runner.resume(tmp_path),
+        lambda: runner.execute("grpo", **sweep, out=tmp_path, resume=True),
+    ):
+        with pytest.raises(records.RunError, match=f"was started: model {folder / 'lm'}"):
+            go_on()
 
 
 def test_token_dqn_starts_from_a_model_too(folder, capsys):
