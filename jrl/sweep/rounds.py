@@ -137,7 +137,7 @@ def fill_unended(sweep: Session, score: np.ndarray, row: int, order: np.ndarray,
 
     Long episodes may be what the best policy is good for, so that none is no reason to be the worst. Such a member is
     scored by the newest return before, or by what its episodes under way have gathered on average where it has none
-    or they have gone further from 0 already: without an end, more return (or more cost) than one with it says more.
+    or they have gone further from 0 already: only then does what has no end yet say more, be it reward or cost.
 
     Args:
         sweep: frozen members stay without a score.
