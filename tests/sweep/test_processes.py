@@ -110,7 +110,7 @@ def test_a_killed_process_and_a_restart_change_nothing(whole, tmp_path):
     checkpoint.verify(out / "checkpoints", saved)
     assert not (out / "table.csv").exists()
     assert saved < NUM_STEPS
-    # with one process and two devices, and then to the end
+    # begun again by two, and then to the end
     finish(*start_two(*args[:3]))
     assert (out / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
     assert members_of(out) == members_of(whole)
