@@ -143,23 +143,21 @@ def critics(env: Environment, config: TorsoConfig, num: int, *, features_first: 
         ValueError: a cnn with a Box, whose action it has no place for.
     """
     torso, prepare, rank = _torso(env, config)
-    if isinstance(env.action, Discrete):
-        member = functools.partial(QNetwork, torso, env.action.n)
-        module = Ensemble(member, num)
-        return _network(module, prepare, rank, features_first, _whole(module, config, rank))
-    if rank != 1:
+    discrete = isinstance(env.action, Discrete)
+    if rank != 1 and not discrete:
         raise ValueError(
             f"torso={config.torso!r} on {env.name}: values of continuous actions have no cnn, as the action joins the "
             "observation at the first layer; use torso='mlp'."
         )
-    member = functools.partial(QNetwork, torso, 1)
 
     def join(obs_and_action: PyTree) -> jax.Array:
         obs, action = obs_and_action
         return jnp.concatenate([prepare(obs), action], axis=-1)
 
-    module = Ensemble(member, num)
-    return _network(module, join, rank, features_first, _whole(module, config, rank))
+    num_values = env.action.n if isinstance(env.action, Discrete) else 1
+    module = Ensemble(functools.partial(QNetwork, torso, num_values), num)
+    whole = _whole(module, config, rank)
+    return _network(module, prepare if discrete else join, rank, features_first, whole)
 
 
 def check_torso(config: TorsoConfig) -> None:
