@@ -56,6 +56,14 @@ class RunError(ValueError):
     """A run, its folder or its input is wrong; the message says what, the rule and the fix."""
 
 
+def not_saved(checkpoints: Path, error: OSError, go_on: str) -> RunError:
+    """Return the error of a checkpoint that the disk did not take: what is intact, and ``go_on``, the way on."""
+    return RunError(
+        f"cannot write a checkpoint into {checkpoints}: {error.strerror or error}. What was saved before is intact; "
+        f"make room, then {go_on}"
+    )
+
+
 class CheckpointError(RunError):
     """A checkpoint is missing, corrupt, foreign, or does not fit the state it is restored into."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from jrl import checkpoint, records
 from jrl.configuration import Setup, named_leaves
-from jrl.records import CorruptCheckpointError, NonFiniteError, RunError, RunWarning
+from jrl.records import CorruptCheckpointError, NonFiniteError, RunWarning
 
 _SAVING_SHARE = 20  # saving takes at most one part in this many of the time
 
@@ -69,9 +70,9 @@ class Saver:
         try:
             checkpoint.save(self._folder, held, step, metadata=metadata, keep=self._record["keep"])
         except OSError as error:
-            raise RunError(
-                f"cannot write a checkpoint into {self._folder}: {error.strerror or error}. What was saved before is "
-                f"intact; make room, then go on: jrl resume {self._folder.parent}"
+            run = shlex.quote(str(self._folder.parent))
+            raise records.not_saved(
+                self._folder, error, f"continue the run with: jrl resume {run}"
             ) from error
         took = time.perf_counter() - began
         self._held, self._saved_step, self.last_env_steps = None, step, metadata["env_steps"]

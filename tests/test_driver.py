@@ -613,11 +613,11 @@ def test_a_run_longer_than_its_annealing_is_told():
 
 
 def test_a_full_disk_says_what_is_intact_and_how_to_go_on(tmp_path, monkeypatch):
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
 
     monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(RunError, match=rf"No space left on device.*intact; make room.*jrl resume {out}$"):
+    with pytest.raises(RunError, match=rf"No space left on device.*intact; make room.*jrl resume '{out}'$"):
         run(out)

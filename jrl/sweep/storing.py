@@ -67,10 +67,7 @@ def save(sweep: Session, chunk: int, step: int, order: np.ndarray, states: Any) 
             if old < number and old % (sweep.total + 1) != sweep.total:
                 checkpoint.remove(folder, old)
     except OSError as error:
-        raise RunError(
-            f"cannot write a checkpoint into {folder}: {error.strerror or error}. What was saved before is "
-            f"intact; make room, then {how_to_resume(sweep.folder)}"
-        ) from error
+        raise records.not_saved(folder, error, how_to_resume(sweep.folder)) from error
     took = time.perf_counter() - began
     # so that saving takes at most a twentieth of the time
     sweep.saved_at = time.perf_counter() + max(
