@@ -98,7 +98,7 @@ def test_of_an_input_that_is_nearly_all_zeros_too(sizes, rows):
 
 @pytest.mark.parametrize(("sizes", "rows"), [((5, 20, 33, 3), 51), ((8, 16, 24), 40)])
 def test_only_the_gradients_asked_for_are_computed_and_they_are_the_same_bits(sizes, rows):
-    params, x = (layers(sizes), norms_of(sizes)), jax.random.normal(jax.random.key(1), (rows, sizes[0]))
+    params, x = (layers(sizes), norms_of(sizes)), normal(1, (rows, sizes[0]))
 
     def loss(params, x):
         return (native.mlp(params[0], x, "relu", params[1]) ** 2).sum()

@@ -41,6 +41,19 @@ def run(out=None, **changes):
     return sweep.execute(fake, **arguments | changes)
 
 
+def interrupt(monkeypatch, chunk):
+    """Press Ctrl-C after so many chunks; returns the list of env steps that fills up with what is trained."""
+    seen = []
+
+    def update(self, env_steps, row):
+        seen.append(env_steps)
+        if len(seen) == chunk:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    return seen
+
+
 def arrays(state):
     return {path: array.tobytes() for path, array in checkpoint.snapshot(state).arrays.items()}
 
@@ -330,14 +343,7 @@ def test_a_population_goes_on_with_those_whose_episodes_go_on_to_the_same_bits(t
     first = json.loads(whole.table.columns["lineage"][0])[:2]
     assert [member for _, member, _ in first] == [3, 0]  # a copy of the best, which has ended no episode
     assert sorted(whole.table.columns["skill"])[0] > 0.6
-    seen = []
-
-    def update(self, env_steps, row):
-        seen.append(env_steps)
-        if len(seen) == 17:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    interrupt(monkeypatch, chunk=17)
     out = tmp_path / "sweep"
     assert sweep.execute(Surviving.make(), sweep.grid(Skill(), skill=HELD), out=out, **arguments).interrupted
     arguments |= {"devices": jax.devices()[:3], "resume": True}
@@ -415,14 +421,7 @@ def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_pa
     for i, status in enumerate(table.columns["status"]):
         assert (status == "frozen") == (table.row(i)["frozen_why"] is not None)
 
-    seen = []
-
-    def update(self, env_steps, row):
-        seen.append(env_steps)
-        if len(seen) == 30:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    interrupt(monkeypatch, chunk=30)
     out = tmp_path / "sweep"
     assert sweep.execute(Ranked, out=out, devices=jax.devices()[:1], **arguments).interrupted
     resumed = sweep.resume(
@@ -440,14 +439,7 @@ def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_pa
 
 def test_an_interrupted_sweep_goes_on_to_the_same_bits_with_other_devices(reference, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
-    seen = []
-
-    def update(self, env_steps, row):
-        seen.append(env_steps)
-        if len(seen) == 7:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr("jrl.progress.Silent.update", update)
+    seen = interrupt(monkeypatch, chunk=7)
     with pytest.raises(KeyboardInterrupt, match=f"jrl resume {out}"):
         sweep.run(
             fake, env=ENV, grid={"learning_rate": [0.1, 0.2]}, seeds=3, env_steps=STEPS, eval_episodes=4, out=out,
