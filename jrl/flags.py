@@ -9,7 +9,7 @@ import itertools
 import json
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,10 +78,14 @@ def parse(
         ValueError: flags of texts with an environment that has its own.
     """
     of_texts = hasattr(module, "flops_per_env_step")
-    groups = [flags(options), flags(module.Config), flags(module.HParams, skip=("env",))]
-    run, config, hparams, *text = parse_groups(
-        prog, module.__doc__ or "", groups + [flags(TextOptions)] * of_texts, args
-    )
+    groups = {
+        "run": flags(options),
+        "config": flags(module.Config),
+        "hparams": flags(module.HParams, skip=("env",)),
+    }
+    if of_texts:
+        groups["text"] = flags(TextOptions)
+    run, config, hparams, *text = parse_groups(prog, module.__doc__ or "", groups, args)
     env_kwargs = {name: json_value(value) for name, value in pairs(run["env_kwarg"], "--env-kwarg").items()}
     if of_texts:
         from jrl.language.models import KINDS
@@ -100,12 +104,15 @@ def parse(
 
 
 def parse_groups(
-    prog: str, description: str, groups: Sequence[type], args: Sequence[str]
+    prog: str, description: str, groups: Mapping[str, type], args: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Parse flags, those of several dataclasses from :func:`flags` at once; the first line of a text describes them."""
+    """Parse flags, those of several dataclasses from :func:`flags` at once, under their names in the help.
+
+    The first line of ``description`` is the command's.
+    """
     import tyro
 
-    command = dataclasses.make_dataclass("Command", [(f"group{i}", group) for i, group in enumerate(groups)])
+    command = dataclasses.make_dataclass("Command", groups.items())
     parsed: Any = tyro.cli(
         command,
         prog=prog,
@@ -113,7 +120,7 @@ def parse_groups(
         args=list(args),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    return [dict(vars(getattr(parsed, f"group{i}"))) for i in range(len(groups))]
+    return [dict(vars(getattr(parsed, name))) for name in groups]
 
 
 def flags(cls: type, skip: Sequence[str] = ()) -> type:

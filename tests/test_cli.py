@@ -71,6 +71,9 @@ def test_every_field_is_a_flag_with_its_docstring_as_help(module, capsys):
         cli.main(["train", name, "--help"])
     assert raised.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert [
+        title for title in ("run options", "config options", "hparams options") if title not in text
+    ] == []
     for cls in (flags.Options, module.Config, module.HParams):
         docs = flags.field_docs(cls)
         for field in dataclasses.fields(cls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
@@ -70,24 +69,14 @@ def main(args: Sequence[str]) -> int:
 
 def parse(whats: Sequence[str], args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """Parse the flags; those of the algorithm's ``Config`` (but ``num_envs``) come back as a dictionary."""
-    import tyro
-
-    algo = _algorithm(args)
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("bench", flags.flags(Options)),
-            ("config", flags.flags(configuration.load(algo).Config, skip=("num_envs",))),
-        ],
+    algorithm = configuration.load(_algorithm(args))
+    bench, config = flags.parse_groups(
+        f"jrl bench {' '.join(whats)}",
+        f"Measure {'; '.join(WHAT[what] for what in whats)}.",
+        {"bench": flags.flags(Options), "config": flags.flags(algorithm.Config, skip=("num_envs",))},
+        args,
     )
-    parsed: Any = tyro.cli(
-        command,
-        prog=f"jrl bench {' '.join(whats)}",
-        description=f"Measure {'; '.join(WHAT[what] for what in whats)}.",
-        args=list(args),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
-    return Options(**vars(parsed.bench)), dict(vars(parsed.config))
+    return Options(**bench), config
 
 
 def _algorithm(args: Sequence[str]) -> str:

@@ -51,13 +51,13 @@ class DistillOptions(runs.Options):
 def pretrain(args: Sequence[str], free_folder: Any) -> int:
     """``jrl pretrain --corpus FILE ...``."""
     architecture = flags.flags(transformer.Config, skip=("vocab_size", *_HEADS))
-    groups = [
-        flags.flags(runs.Options),
-        architecture,
-        flags.flags(pretraining.Config),
-        flags.flags(pretraining.HParams, skip=(_ANNEALING,)),
-        flags.flags(_Annealing),
-    ]
+    groups = {
+        "run": flags.flags(runs.Options),
+        "model": architecture,
+        "config": flags.flags(pretraining.Config),
+        "hparams": flags.flags(pretraining.HParams, skip=(_ANNEALING,)),
+        "annealing": flags.flags(_Annealing),
+    }
     run, model, config, numbers, annealing = flags.parse_groups(
         "jrl pretrain", pretraining.__doc__ or "", groups, args
     )
@@ -94,12 +94,12 @@ def distill(args: Sequence[str], free_folder: Any) -> int:
             "folder of jrl pretrain, or one in Hugging Face's layout. `jrl distill . --help` lists every setting."
         )
         return 0 if args and args[0] in ("-h", "--help") else 2
-    groups = [
-        flags.flags(DistillOptions, skip=("model",)),
-        flags.flags(distillation.Config),
-        flags.flags(distillation.HParams, skip=(_ANNEALING,)),
-        flags.flags(_Annealing),
-    ]
+    groups = {
+        "run": flags.flags(DistillOptions, skip=("model",)),
+        "config": flags.flags(distillation.Config),
+        "hparams": flags.flags(distillation.HParams, skip=(_ANNEALING,)),
+        "annealing": flags.flags(_Annealing),
+    }
     run, config, numbers, annealing = flags.parse_groups(
         "jrl distill MODEL", distillation.__doc__ or "", groups, args[1:]
     )
