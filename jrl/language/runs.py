@@ -113,6 +113,7 @@ def train(
         "tokenizer": type(tokenizer).__name__,
         "model": dataclasses.asdict(model),
         "start": from_path,
+        "start_sha256": None if start is None else params_sha256(start.params),
         "teacher": None if teacher is None else dataclasses.asdict(teacher),
         "config": dataclasses.asdict(config),
         "hparams": {name: float(value) for name, value in vars(hparams).items()},
@@ -132,15 +133,23 @@ def resume(folder: Path, tokens: int | None = None, progress: str | None = None)
     """Continue a run to its end, or to a larger number of tokens, bit for bit; otherwise as :func:`jrl.resume`.
 
     Raises:
-        RunError: as :func:`jrl.resume`, and where the corpus has changed.
+        RunError: as :func:`jrl.resume`, and where the corpus, or the model to begin from again, has changed.
     """
 
     def build(record: Mapping[str, Any]) -> tuple[Setup, Task]:
         why, fix = "it cannot go on as it would have", ", or start a new run with --model"
         text = corpus_of(folder, record, why, fix)
+        params = None
         # Killed before its first checkpoint, it begins again from where it began.
-        again = record.get("start") is not None and not checkpoint.steps(folder / records.CHECKPOINTS)
-        return _build(record, text, tokenizers.read(folder), load(record["start"]).params if again else None)
+        if record.get("start") is not None and not checkpoint.steps(folder / records.CHECKPOINTS):
+            params = load(record["start"]).params
+            if record.get("start_sha256") not in (None, params_sha256(params)):
+                raise RunError(
+                    f"the model in {record['start']} has changed since the run in {folder}, which has no checkpoint "
+                    "yet, was started from it: it cannot go on as it would have. Put the old one back, or start a new "
+                    "run."
+                )
+        return _build(record, text, tokenizers.read(folder), params)
 
     return driver.resume_run(folder, tokens, build, progress=progress)
 
@@ -351,3 +360,13 @@ def _corpora(record: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> tupl
 def sha256(text: str) -> str:
     """Return what ``run.json`` tells one text from another by."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def params_sha256(params: Params) -> str:
+    """Return one of all weights, whatever files they lie in; of a large model it takes seconds."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(configuration.named_leaves(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jrl import checkpoint, configuration, records
+from jrl import checkpoint, records
 from jrl.language import data, generation, named_rewards, runs, tokenizers
 from jrl.language.environments import Decoder, Prompts, token_mdp, token_step
 from jrl.networks import transformer
-from jrl.types import Environment, Params
+from jrl.types import Environment
 
 ID = "Text-jrl"
 
@@ -73,7 +72,10 @@ def make(
     def sources() -> dict[str, Any]:
         if read is None:
             return files
-        return {"model": {"name": str(model), "step": step, "sha256": _sha256(read.params)}, **files}
+        return {
+            "model": {"name": str(model), "step": step, "sha256": runs.params_sha256(read.params)},
+            **files,
+        }
 
     tokenizer = tokenizers.Char.of(text("corpus", name)) if read is None else read.tokenizer
     vocab_size = tokenizer.vocab_size if read is None else read.config.vocab_size
@@ -105,16 +107,6 @@ def make(
         name=ID,
     )
     return env._replace(step=dataclasses.replace(token_step(env, ID), sources=sources))
-
-
-def _sha256(params: Params) -> str:
-    """Return one of all weights, whatever files they lie in; of a large model it takes seconds."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(configuration.named_leaves(params).items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _corpus_of(folder: Path) -> str:

@@ -165,6 +165,9 @@ def test_a_model_of_others_is_generated_from_and_fine_tuned(folder, tmp_path, ca
     shutil.rmtree(tmp_path / "tuned" / "checkpoints")
     assert cli.main(["resume", str(tmp_path / "tuned")]) == 0
     jax.tree.map(np.testing.assert_array_equal, runs.load(tmp_path / "tuned").params, model.params)
+    shutil.rmtree(tmp_path / "tuned" / "checkpoints")
+    weights.write_folder(tmp_path / "llama", jax.tree.map(lambda leaf: leaf + 1, model.params), model.config)
+    assert "llama has changed since the run" in fails(capsys, "resume", tmp_path / "tuned")
     stories = bundle.path("stories260K/stories260K.bin")
     capsys.readouterr()
     assert cli.main(["generate", str(stories), "--temperature", "0", "--tokens", "117"]) == 0
