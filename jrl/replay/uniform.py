@@ -146,7 +146,7 @@ def add(state: UniformState, transitions: Transition) -> UniformState:
         [jnp.concatenate([step, ahead]), jnp.concatenate([obs, next_obs[-num_envs:]])], axis=1
     )
     start = state.row * num_envs
-    storage = jax.lax.dynamic_update_slice(state.storage, block, (start, 0))
+    storage = jax.lax.dynamic_update_slice(state.storage, block, (start, jnp.int32(0)))
     index = start + jnp.arange(length * num_envs)
     tag = jnp.zeros_like(step).at[:, 0].set(index.astype(jnp.uint32))
     cut = (items.truncated & ~items.terminated).reshape(-1)
