@@ -38,7 +38,7 @@ class Discrete:
 
     def sample(self, key: Key) -> Array:
         """Draw a uniform action, int32 ``[]``."""
-        return jax.random.randint(key, (), 0, self.n)
+        return jax.random.randint(key, (), 0, self.n, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MultiDiscrete:
 
     def sample(self, key: Key) -> Array:
         """Draw independent uniform choices, int32 ``[len(ns)]``."""
-        return jax.random.randint(key, (len(self.ns),), 0, jnp.asarray(self.ns))
+        return jax.random.randint(key, (len(self.ns),), 0, jnp.asarray(self.ns), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,8 +92,8 @@ class Box:
         bounded = np.isfinite(self.low) & np.isfinite(self.high)
         low, high = np.where(bounded, self.low, 0.0), np.where(bounded, self.high, 1.0)
         uniform_key, normal_key = jax.random.split(key)
-        uniform = jax.random.uniform(uniform_key, self.shape, minval=low, maxval=high)
-        normal = jnp.clip(jax.random.normal(normal_key, self.shape), self.low, self.high)
+        uniform = jax.random.uniform(uniform_key, self.shape, jnp.float32, low, high)
+        normal = jnp.clip(jax.random.normal(normal_key, self.shape, jnp.float32), self.low, self.high)
         return jnp.where(bounded, uniform, normal)
 
 

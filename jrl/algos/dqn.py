@@ -248,7 +248,7 @@ def make(
         params = q_function.init(network_key, start.obs, hparams.noise_scale)
         support: PyTree = ()
         if config.distribution == "categorical":
-            support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms)
+            support = jnp.linspace(hparams.value_min, hparams.value_max, config.num_atoms, dtype=jnp.float32)
         filling = explorer(params, support, jnp.float32(1.0), hparams)
         if warmup_policy is not None:
             filling = exploration.actions_of(warmup_policy, init_memory)

@@ -198,7 +198,7 @@ def make(
             bootstrap = values(carry.target_params if copied else params, successor)
             discount = hparams.gamma * (1.0 - out.terminated[0])
             td_error = out.reward[0] + discount * targets(bootstrap, next_action) - q[action]
-            taken = jax.nn.one_hot(action, num_actions)[:, None]
+            taken = jax.nn.one_hot(action, num_actions, dtype=x.dtype)[:, None]
             gradient = taken * x
             if traced:
                 trace = carry.trace * (hparams.gamma * hparams.lam)

@@ -116,7 +116,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         noise = jax.random.normal(table_key, (num_states, num_actions))
         return State(
             params=jnp.asarray(hparams.initial_value + hparams.initial_scale * noise, jnp.float32),
-            visits=jnp.zeros((num_states, num_actions)),
+            visits=jnp.zeros((num_states, num_actions), jnp.float32),
             rollout=rollout.start(reset_key, envs, env_params, 1),
             env_steps=ops.counter.zero(),
             key=state_key,

@@ -31,7 +31,7 @@ def empty(num_states: int, num_actions: int) -> Model:
     """Return a model that has seen nothing."""
     table, pairs = (num_states, num_actions), num_states * num_actions
     return Model(
-        reward=jnp.zeros(table),
+        reward=jnp.zeros(table, jnp.float32),
         discount=jnp.full(table, -1.0, jnp.float32),
         next_state=jnp.zeros(table, jnp.int32),
         pairs=jnp.zeros((pairs,), jnp.int32),

@@ -149,7 +149,9 @@ def make(env: Environment, config: Any, network: Any, name: str) -> QFunction:
         if config.noisy:
             noise = list(networks.noisy.draw(noise_key, params, (num,), kernels=config.kernels))
         if implicit:
-            fraction = list(jax.random.uniform(fraction_key, (num, *batch_shape, config.num_atoms)))
+            fraction = list(
+                jax.random.uniform(fraction_key, (num, *batch_shape, config.num_atoms), jnp.float32)
+            )
         return [Drawn(*one) for one in zip(noise, fraction, strict=True)]
 
     def evaluate(params: Params, obs: PyTree, drawn: Drawn | None = None) -> Any:

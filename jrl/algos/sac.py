@@ -189,7 +189,7 @@ def make(
         start = rollout.start(reset_key, envs, env_params, config.num_envs)
         at_random = off_policy.random_policy(env)
         start, memory = off_policy.warm_up(warmup_key, envs, env_params, at_random, start, config)
-        action = None if box is None else jnp.zeros((config.num_envs, *box.shape))
+        action = None if box is None else jnp.zeros((config.num_envs, *box.shape), jnp.float32)
         params = {
             "actor": actor.init(actor_key, start.obs, ()),
             "critic": critic.init(critic_key, start.obs if box is None else (start.obs, action), ()),

@@ -178,7 +178,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         table = (num_states, num_actions)
         noise = jax.random.normal(table_key, (2, *table) if double else table)
         q = jnp.asarray(hparams.initial_value + hparams.initial_scale * noise, jnp.float32)
-        visits = jnp.zeros(table) if counts else ()
+        visits = jnp.zeros(table, jnp.float32) if counts else ()
         action: PyTree = ()
         if config.target == "sarsa":
             epsilon = jnp.float32(hparams.epsilon_start)
@@ -187,7 +187,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         return State(
             params=q,
             visits=visits,
-            trace=jnp.zeros(table) if traced else (),
+            trace=jnp.zeros(table, jnp.float32) if traced else (),
             action=action,
             model=planning.empty(num_states, num_actions) if config.planning_updates else (),
             rollout=start,

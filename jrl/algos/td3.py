@@ -168,17 +168,17 @@ def make(
     def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         params, scale = acting
         action = choose(params, obs)
-        return moved(action, scale * jax.random.normal(key, action.shape)), memory, ()
+        return moved(action, scale * jax.random.normal(key, action.shape, action.dtype)), memory, ()
 
     def explore(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         params, scale, correlation = acting
         # x' = ρ x + sqrt(1 − ρ²) ε keeps variance 1; an episode begins with 0.
-        noise = jax.random.normal(key, memory.shape)
+        noise = jax.random.normal(key, memory.shape, memory.dtype)
         memory = correlation * memory + jnp.sqrt(1.0 - jnp.square(correlation)) * noise
         return moved(choose(params, obs), scale * memory), memory, ()
 
     def init_noise(batch_shape: tuple[int, ...]) -> Memory:
-        return jnp.zeros((*batch_shape, *box.shape))
+        return jnp.zeros((*batch_shape, *box.shape), jnp.float32)
 
     def init(key: Key, hparams: HParams) -> State:
         checks.hparams(hparams, HParams)
@@ -187,7 +187,7 @@ def make(
         start = rollout.start(reset_key, envs, env_params, config.num_envs, init_noise((config.num_envs,)))
         at_random = dataclasses.replace(off_policy.random_policy(env), init_memory=init_noise)
         start, memory = off_policy.warm_up(warmup_key, envs, env_params, at_random, start, config)
-        action = jnp.zeros((config.num_envs, *box.shape))
+        action = jnp.zeros((config.num_envs, *box.shape), jnp.float32)
         params = {
             "actor": actor.init(actor_key, start.obs, ()),
             "critic": critic.init(critic_key, (start.obs, action), ()),
@@ -207,7 +207,7 @@ def make(
         """``r + γ (1 − terminated) min_k Q⁻_k(s', μ⁻(s') + noise)``, ``[N]``."""
         next_action = choose(state.target_params["actor"], sample.next_obs)
         if twin:
-            noise = hparams.target_noise * jax.random.normal(key, next_action.shape)
+            noise = hparams.target_noise * jax.random.normal(key, next_action.shape, next_action.dtype)
             clip = hparams.target_noise_clip
             next_action = moved(next_action, jnp.clip(noise, -clip, clip))
         next_value = values(state.target_params["critic"], sample.next_obs, next_action).min(-1)

@@ -273,9 +273,7 @@ def make(
                 reward, value, next_value, transitions.terminated, transitions.truncated,
                 gamma=hparams.gamma, gae_lambda=hparams.gae_lambda,
             )  # fmt: skip
-            mean = (advantage * said).sum() / said.sum()
-            variance = ((advantage - mean) ** 2 * said).sum() / said.sum()
-            advantage = (advantage - mean) / (jnp.sqrt(variance) + 1e-8)
+            advantage = ops.standardize(advantage, mean=lambda x: surrogates.mean(x, said))
         else:
             advantage, target = (
                 surrogates.compare(choice, reward, last, hparams.gamma, config.group_size),

@@ -38,7 +38,7 @@ def factors(key: Key, shape: tuple[int, ...]) -> Array:
 
 def reference(key: Key, shape: tuple[int, ...]) -> Array:
     """Return what :func:`factors` does, in XLA."""
-    noise = jax.random.normal(key, shape)
+    noise = jax.random.normal(key, shape, jnp.float32)
     # sign(x) sqrt(|x|), by a division: XLA computes it once, where it would repeat what is cheaper for every weight.
     # Not by the root itself, which would become a product with its inverse.
     return noise / jnp.maximum(jnp.sqrt(jnp.abs(noise)), jnp.finfo(noise.dtype).tiny)

@@ -42,7 +42,7 @@ class PolicyHead(nn.Module):
         output = linear(_policy_outputs(self.action))
         if not isinstance(self.action, Box):
             return output
-        log_std = self.param("log_std", nn.initializers.zeros_init(), output.shape[-1:])
+        log_std = self.param("log_std", nn.initializers.zeros_init(), output.shape[-1:], jnp.float32)
         return output, jnp.broadcast_to(log_std, output.shape)
 
 

@@ -104,8 +104,8 @@ class DenseParameters(nn.Module):
 
 
 def _parameters(module: Dense | DenseParameters, size: int) -> tuple[jax.Array, jax.Array]:
-    kernel = module.param("kernel", orthogonal(module.gain), (size, module.features))
-    return kernel, module.param("bias", nn.initializers.zeros_init(), (module.features,))
+    kernel = module.param("kernel", orthogonal(module.gain), (size, module.features), jnp.float32)
+    return kernel, module.param("bias", nn.initializers.zeros_init(), (module.features,), jnp.float32)
 
 
 def orthogonal(gain: float) -> Callable[..., jax.Array]:
@@ -128,7 +128,7 @@ def orthogonal(gain: float) -> Callable[..., jax.Array]:
         q, r = jnp.linalg.qr(normal)
         # The diagonal as a sum: a gather of it is four more kernels to compile.
         q *= jnp.sign((r * jnp.eye(len(r), dtype=dtype)).sum(0))
-        return gain * (q if rows >= columns else q.T).reshape(shape)
+        return float(gain) * (q if rows >= columns else q.T).reshape(shape)
 
     if jax.default_backend() != "cpu":
         return initialize

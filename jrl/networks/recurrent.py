@@ -8,6 +8,7 @@ Each *core* is a module that maps features and a memory to features and the next
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ class GRU(nn.Module):
         """Declare the parameters, which both forms use."""
         self.inputs = Dense(3 * self.size, 1.0)
         self.recurrent = self.param("recurrent", self._orthogonal_gates)
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (3 * self.size,))
+        self.bias = self.param("bias", nn.initializers.zeros_init(), (3 * self.size,), jnp.float32)
 
     def init_memory(self, batch_shape: tuple[int, ...]) -> Array:
         """Return the memory at the start of an episode, ``[*batch_shape, H]``."""
@@ -183,8 +184,8 @@ class _Attention(nn.Module):
         length, context = distance.shape
         queries, keys, values = heads(x[..., context - length :, :]), heads(x), heads(x)
         bias_shape = (self.num_heads, context - length + 1)
-        bias = self.param("distance", nn.initializers.normal(0.02), bias_shape)
-        scores = jnp.einsum("...thd,...khd->...htk", queries, keys) / np.sqrt(queries.shape[-1])
+        bias = self.param("distance", nn.initializers.normal(0.02), bias_shape, jnp.float32)
+        scores = jnp.einsum("...thd,...khd->...htk", queries, keys) / math.sqrt(queries.shape[-1])
         scores = scores + bias[:, jnp.clip(distance, 0, context - length)]
         weights = jax.nn.softmax(jnp.where(visible[..., None, :, :], scores, -jnp.inf), axis=-1)
         out = jnp.einsum("...htk,...khd->...thd", weights, values)

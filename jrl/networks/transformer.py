@@ -159,7 +159,7 @@ def init(key: Key, config: Config) -> Params:
         params["positions"] = scale * jax.random.normal(position_key, (config.max_length, D))
     if not config.tied_embeddings:
         params["unembedding"] = scale * jax.random.normal(output_key, (D, config.vocab_size))
-    return params | init_heads(config)
+    return _float32(params | init_heads(config))
 
 
 def init_heads(config: Config) -> Params:
@@ -172,7 +172,11 @@ def init_heads(config: Config) -> Params:
         heads["q"] = {"kernel": jnp.zeros((Q, D, V)), "bias": jnp.zeros((Q, V))}
     if config.dueling:
         heads["q_value"] = {"kernel": jnp.zeros((Q, D)), "bias": jnp.zeros((Q,))}
-    return heads
+    return _float32(heads)
+
+
+def _float32(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def _init_layer(key: Key, config: Config) -> Params:
@@ -261,7 +265,7 @@ def log_probs(params: Params, config: Config, tokens: Array) -> Array:
     """
     logits = forward(params, config, tokens[None]).logits[0, :-1]
     said = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[1:, None], axis=-1)[:, 0]
-    return jnp.concatenate([jnp.zeros(1), said])
+    return jnp.concatenate([jnp.zeros(1, said.dtype), said])
 
 
 def _run(
@@ -310,7 +314,7 @@ def init_cache(config: Config, batch: int, length: int) -> Cache:
     """
     check_length(config, length)
     shape = (batch, config.num_kv_heads, config.d, length)
-    empty = tuple(jnp.zeros(shape) for _ in range(config.num_layers))
+    empty = tuple(jnp.zeros(shape, jnp.float32) for _ in range(config.num_layers))
     return Cache(empty, tuple(jnp.zeros_like(leaf) for leaf in empty))
 
 
@@ -452,7 +456,7 @@ def _rotation(config: Config, positions: Array) -> tuple[Array, Array] | None:
     """Return cosines and sines ``[..., 1, d/2]`` of the angles ``position · theta^(−2i/d)``."""
     if config.positions != "rope":
         return None
-    frequency = config.rope_theta ** (-jnp.arange(0, config.d, 2) / config.d)
+    frequency = config.rope_theta ** (-jnp.arange(0, config.d, 2, jnp.float32) / config.d)
     angle = positions[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -118,7 +118,7 @@ def boltzmann(key: Key, q: Array, temperature: Array | float, mask: Array | None
         key: one key for the whole batch.
         q: floating ``[..., A]``.
         temperature: τ in the unit of ``q``, a number, or ``[...]`` for one per row; at 0 the draw is uniform
-            among the greedy actions.
+            among the greedy actions, at infinity among all.
         mask: bool ``[..., A]``, True = allowed. A row that allows nothing is drawn uniformly.
 
     Returns:
@@ -127,13 +127,7 @@ def boltzmann(key: Key, q: Array, temperature: Array | float, mask: Array | None
     Raises:
         AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
     """
-    checks.floating(q=q)
-    if mask is not None:
-        q = masked(q, mask)
-    # Distances to the best are at most 0, so that a temperature near 0 gives −inf and never nan.
-    behind = q - jnp.max(q, axis=-1, keepdims=True)
-    scale = jnp.maximum(jnp.broadcast_to(temperature, q.shape[:-1]), jnp.finfo(q.dtype).tiny)
-    return Categorical(behind / scale[..., None]).sample(key)
+    return Categorical(_boltzmann_logits(q, temperature, mask)).sample(key)
 
 
 def epsilon_greedy_policy(q: Array, epsilon: Array | float, mask: Array | None = None) -> Array:
@@ -183,13 +177,19 @@ def boltzmann_policy(q: Array, temperature: Array | float, mask: Array | None = 
     Raises:
         AssertionError: ``q`` is not floating, or ``mask`` is not bool or not of the shape of ``q``.
     """
+    return jax.nn.softmax(_boltzmann_logits(q, temperature, mask), axis=-1)
+
+
+def _boltzmann_logits(q: Array, temperature: Array | float, mask: Array | None) -> Array:
     checks.floating(q=q)
     if mask is not None:
         q = masked(q, mask)
+    # Distances to the best are at most 0, so that a temperature near 0 gives −inf and never nan.
     behind = q - jnp.max(q, axis=-1, keepdims=True)
     scale = jnp.maximum(jnp.broadcast_to(temperature, q.shape[:-1]), jnp.finfo(q.dtype).tiny)
-    weight = jnp.exp(behind / scale[..., None])
-    return weight / jnp.sum(weight, axis=-1, keepdims=True)
+    logits = behind / scale[..., None]
+    # Again: an enormous temperature brings every distance near 0, that of a disallowed action too.
+    return logits if mask is None else masked(logits, mask)
 
 
 def ucb_policy(q: Array, count: Array, coef: Array | float, mask: Array | None = None) -> Array:

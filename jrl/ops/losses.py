@@ -226,7 +226,7 @@ def standardize(x: Array, eps: float = 1e-8, *, mean: Callable[[Array], Array] =
 
     Args:
         x: floating ``[...]``.
-        eps: keeps a constant ``x`` finite (it gives 0).
+        eps: keeps a constant ``x`` finite (it gives 0, whatever its mean rounds to).
         mean: ``[...] -> scalar``; another where ``x`` is a part of what is to be standardised.
 
     Returns:
@@ -236,13 +236,15 @@ def standardize(x: Array, eps: float = 1e-8, *, mean: Callable[[Array], Array] =
         AssertionError: ``x`` is not floating.
     """
     checks.floating(x=x)
-    return (x - mean(x)) / (jnp.sqrt(_variance(x, mean)) + eps)
+    deviation = _deviation(x, mean)
+    return deviation / (jnp.sqrt(mean(jnp.square(deviation))) + eps)
 
 
 def explained_variance(value: Array, target: Array, *, mean: Callable[[Array], Array] = jnp.mean) -> Array:
     """How much of the targets' variance the values explain.
 
-    ``1 − Var(target − value) / Var(target)``; 0 where the target does not vary.
+    ``1 − Var(target − value) / Var(target)``; 0 where the target does not vary by more than rounding, to which a target
+    that was summed from values comes by itself.
 
     Source: Kvålseth 1985, "Cautionary Note about R²", https://doi.org/10.1080/00031305.1985.10479448.
 
@@ -259,14 +261,19 @@ def explained_variance(value: Array, target: Array, *, mean: Callable[[Array], A
     """
     checks.floating(value=value, target=target)
     checks.same_shape(value=value, target=target)
-    variance = _variance(target, mean)
-    varies = variance > 0.0
-    unexplained = _variance(target - value, mean)
+    variance, unexplained = (mean(jnp.square(_deviation(x, mean))) for x in (target, target - value))
+    size = mean(jnp.square(target) + jnp.square(value))
+    varies = variance > (4.0 * jnp.finfo(target.dtype).eps) ** 2 * size
     return jnp.where(varies, 1.0 - unexplained / jnp.where(varies, variance, 1.0), 0.0)
 
 
-def _variance(x: Array, mean: Callable[[Array], Array]) -> Array:
-    return mean(jnp.square(x - mean(x)))
+def _deviation(x: Array, mean: Callable[[Array], Array]) -> Array:
+    """``x`` less its mean, exactly 0 where ``x`` is constant."""
+    deviation = x - mean(x)
+    # The mean of equal numbers is rounded, and leaves them all the same distance from it: they would seem to vary.
+    left = mean(deviation)
+    constant = mean(jnp.square(deviation - left)) <= jnp.finfo(deviation.dtype).eps * jnp.square(left)
+    return jnp.where(constant, 0.0, deviation)
 
 
 def huber(x: Array, delta: Array | float = 1.0) -> Array:

@@ -371,7 +371,7 @@ def rescale_value(x: Array, eps: Array | float = 1e-3) -> Array:
 def unscale_value(x: Array, eps: Array | float = 1e-3) -> Array:
     """Inverse of :func:`rescale_value`.
 
-    ``h⁻¹(x) = sign(x) (((sqrt(1 + 4 ε (|x| + 1 + ε)) − 1) / (2 ε))² − 1)``.
+    ``h⁻¹(x) = sign(x) (((sqrt(1 + 4 ε (|x| + 1 + ε)) − 1) / (2 ε))² − 1)``. As exact for small ``x`` as for large.
 
     Source: Pohlen et al. 2018, proposition A.2, https://arxiv.org/abs/1805.11593.
 
@@ -386,10 +386,10 @@ def unscale_value(x: Array, eps: Array | float = 1e-3) -> Array:
         AssertionError: ``x`` is not floating.
     """
     checks.floating(x=x)
-    shifted = jnp.abs(x) + 1.0 + eps
-    # (sqrt(1 + 4 ε c) − 1) / (2 ε) with the root in the denominator: exact for small ε, and for none.
-    root = 2.0 * shifted / (1.0 + jnp.sqrt(1.0 + 4.0 * eps * shifted))
-    return jnp.sign(x) * (root - 1.0) * (root + 1.0)
+    # Of the square's root, less the 1 that it has for x = 0: then no difference loses a small x, or its slope, to
+    # rounding, and none is divided by a small ε, or by none.
+    above = x / (0.5 + 0.5 * jnp.sqrt(1.0 + 4.0 * eps * (jnp.abs(x) + 1.0 + eps)) + eps)
+    return above * (jnp.abs(above) + 2.0)
 
 
 def _check(reward: Array, terminated: Array, truncated: Array, **others: Array) -> None:

@@ -45,7 +45,7 @@ def sample(
 ) -> uniform.Sample:
     """Draw windows whose starts have ``P(i) = p_i^α / Σ p^α``, with importance weights.
 
-    ``w_i = (M P(i))^-β / max_j w_j`` over the batch, ``M`` the items held.
+    ``w_i = (M P(i))^-β / max_j w_j`` over those of the batch whose successor is not lost, ``M`` the items held.
 
     Raises:
         ValueError: the replay was made for another number of environments.
@@ -55,7 +55,7 @@ def sample(
     held = (state.ring.filled * num_envs).astype(jnp.float32)
     probability = priority / sum_tree.total(state.tree)
     log_weight = -beta * jnp.log(held * probability)
-    return uniform.window(state.ring, index, num_envs, n, log_weight - log_weight.max())
+    return uniform.window(state.ring, index, num_envs, n, log_weight)
 
 
 def update_priorities(

@@ -63,7 +63,7 @@ def sample(key: jax.Array, tree: Tree, num: int) -> tuple[jax.Array, jax.Array]:
     Returns:
         Indices int32 ``[num]`` and their priorities float32 ``[num]``.
     """
-    strata = (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
+    strata = (jnp.arange(num) + jax.random.uniform(key, (num,), jnp.float32)) / num
     target = strata * total(tree)
     index, priority = jnp.zeros((num,), jnp.int32), jnp.broadcast_to(total(tree), (num,))
     for level in reversed(tree[:-1]):

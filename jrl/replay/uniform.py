@@ -146,7 +146,7 @@ def add(state: UniformState, transitions: Transition) -> UniformState:
         [jnp.concatenate([step, ahead]), jnp.concatenate([obs, next_obs[-num_envs:]])], axis=1
     )
     start = state.row * num_envs
-    storage = jax.lax.dynamic_update_slice(state.storage, block, (start, 0))
+    storage = jax.lax.dynamic_update_slice(state.storage, block, (start, jnp.int32(0)))
     index = start + jnp.arange(length * num_envs)
     tag = jnp.zeros_like(step).at[:, 0].set(index.astype(jnp.uint32))
     cut = (items.truncated & ~items.terminated).reshape(-1)
@@ -220,7 +220,7 @@ def steps(state: UniformState, index: Array) -> tuple[Transition, Array]:
 
 
 def window(state: UniformState, index: Array, num_envs: int, n: int, log_weight: Array) -> Sample:
-    """Gather the windows that start at ``index`` (int32 ``[N]``), of weights ``exp(log_weight)``."""
+    """Gather the windows that start at ``index`` (int32 ``[N]``), of weights ``exp(log_weight)`` over their largest."""
     layout = state.layout
     items = layout.rows * num_envs
     start, obs = _unpack(layout, _gather(state.storage, index, layout.words))
@@ -241,6 +241,9 @@ def window(state: UniformState, index: Array, num_envs: int, n: int, log_weight:
         length += ongoing
         ongoing &= ~(step.terminated | step.truncated)
     next_obs, lost = _successor(state, last, truncated & ~terminated)
+    log_weight = jnp.where(lost, -jnp.inf, log_weight)
+    # The largest of those that are learned from; where none is, a number from which −inf is as far.
+    largest = jnp.maximum(log_weight.max(), jnp.finfo(log_weight.dtype).min)
     return Sample(
         obs=obs,
         action=start.action,
@@ -250,7 +253,7 @@ def window(state: UniformState, index: Array, num_envs: int, n: int, log_weight:
         next_obs=next_obs,
         # The exponential last: XLA then computes it once, and not again for each of the head's outputs, as it would
         # where the record is unpacked.
-        weight=jnp.exp(jnp.where(lost, -jnp.inf, log_weight)),
+        weight=jnp.exp(log_weight - largest),
         position=index,
     )
 

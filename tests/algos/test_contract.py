@@ -116,6 +116,18 @@ def test_step_keeps_structure_shapes_dtypes_and_weak_types(kernel):
 
 
 @every_case
+def test_where_jax_computes_in_64_bits_the_state_has_the_dtypes_it_has_elsewhere(kernel, case):
+    def spec(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    with jax.enable_x64(True):
+        algo, hparams = case.make(), case.module.HParams()
+        start = jax.eval_shape(algo.init, jax.random.key(0), hparams)
+        after, _ = jax.eval_shape(algo.step, start, hparams)
+    assert spec(start) == spec(after) == spec(kernel.start)
+
+
+@every_case
 def test_nothing_retraces_for_new_states_or_new_numbers(kernel, case):
     before = dict(kernel.traces)
     leaves, structure = jax.tree.flatten(kernel.hparams)

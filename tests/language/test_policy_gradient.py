@@ -164,6 +164,17 @@ def test_grpos_own_penalty_comes_to_rest_where_it_is_said_to(small):
     assert (np.abs(mean[:12]) > 5 * error[:12]).any()
 
 
+def test_ppo_learns_nothing_from_a_reward_that_is_always_the_same():
+    """The rounding of its mean is no advantage: it was one of a standard deviation, the same for whatever was said."""
+    env = token_mdp(
+        Prompts([[0]], [1]), at_end(lambda text: jnp.float32(-7.7)), vocab_size=3, max_new_tokens=1, eos=2
+    )
+    config = pg.Config(variant="ppo", num_prompts=1, group_size=100)
+    algo, hparams = pg.make(env, config, model=models.table(env)), pg.HParams(kl_coef=0.0)
+    _, metrics = jax.jit(lambda key: algo.step(algo.init(key, hparams), hparams))(jax.random.key(0))
+    assert metrics["policy_loss"] == 0.0
+
+
 # ---------------------------------------------------------------------------------------------- known best policies
 
 

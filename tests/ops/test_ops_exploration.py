@@ -79,6 +79,15 @@ def test_boltzmann_at_the_extremes():
     np.testing.assert_array_equal(masked, 0)
 
 
+@pytest.mark.parametrize("hot", [1e37, jnp.inf])
+def test_a_mask_holds_at_any_temperature(hot):
+    allowed = jnp.array([True, False, True])
+    probability = ops.boltzmann_policy(jnp.array([1.0, 3.0, 2.0]), hot, allowed)
+    np.testing.assert_allclose(probability, [0.5, 0.0, 0.5], rtol=1e-6)
+    drawn = ops.boltzmann(jax.random.key(2), jnp.zeros((ROWS, 3)), hot, jnp.tile(allowed, (ROWS, 1)))
+    frequencies_match(drawn, [0.5, 0.0, 0.5])
+
+
 @pytest.mark.parametrize("explore", [ops.epsilon_greedy, ops.boltzmann])
 def test_vmapped_equals_looped(explore):
     q, keys = repeated(Q, 3, 50), jax.random.split(jax.random.key(3), 3)

@@ -101,6 +101,18 @@ def test_standardize_and_explained_variance():
     assert np.isfinite(jax.grad(ops.explained_variance)(x, constant)).all()
 
 
+@pytest.mark.parametrize("number", [0.1, -7.7, 100.1, 123456.7])
+def test_what_is_constant_does_not_vary_by_the_rounding_of_its_mean(number):
+    constant, value = jnp.full(1000, number), jax.random.normal(jax.random.key(0), (1000,))
+    np.testing.assert_array_equal(jax.jit(ops.standardize)(constant), 0.0)
+    assert jax.jit(ops.explained_variance)(value, constant) == 0.0
+    # A reward that is always the same, as the target of one step: an advantage and the value that it was taken from.
+    assert jax.jit(ops.explained_variance)(value, (constant - value) + value) == 0.0
+    assert jnp.isnan(ops.standardize(constant.at[0].set(jnp.nan))).all()
+    little = constant.at[0].add(abs(number) * 1e-4)
+    np.testing.assert_allclose(ops.standardize(little, 0.0)[0], np.sqrt(999), rtol=0.05)
+
+
 @pytest.mark.parametrize("delta", [1.0, 0.5])
 def test_huber(delta):
     x = jnp.asarray([-3.0, -delta, -0.2, 0.0, 0.1, delta, 2.0])

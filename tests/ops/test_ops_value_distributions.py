@@ -169,3 +169,15 @@ def test_rescaling_is_its_definition_and_undone_by_its_inverse(eps):
     scaled = jax.jit(ops.rescale_value)(x, eps)
     close(scaled, np.sign(wide) * (np.sqrt(np.abs(wide) + 1) - 1) + eps * wide)
     np.testing.assert_allclose(ops.unscale_value(scaled, eps), x, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.1])
+def test_small_values_are_rescaled_as_exactly_as_large_ones(eps):
+    x = jnp.asarray([-1e-8, -1e-5, 0.0, 1e-8, 1e-6, 1e-4, 1e-2], jnp.float32)
+    scaled = ops.rescale_value(x, eps)
+    np.testing.assert_allclose(ops.unscale_value(scaled, eps), x, rtol=1e-6)
+    # The slope of the inverse is the inverse of the slope, at 0 too.
+    slope = jax.vmap(jax.grad(ops.rescale_value), (0, None))(x, eps)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(ops.unscale_value), (0, None))(scaled, eps), 1 / slope, rtol=1e-6
+    )

@@ -240,6 +240,22 @@ def test_prioritized_draws_and_weights_follow_the_definition():
     np.testing.assert_allclose(sample.weight, weight / weight.max(), rtol=1e-4)
 
 
+def test_what_is_not_learned_from_takes_no_weight_from_the_others():
+    """One whose successor is lost has the least priority, and so would have the largest weight of all."""
+    transitions = stream(8, 1)
+    flags = {"terminated": np.zeros((8, 1), bool), "truncated": np.isin(np.arange(8)[:, None], [3, 5])}
+    state = replay.prioritized.init(spec(transitions), 16, 1, gap=16)
+    state = ADD_PRIORITIZED(state, transitions._replace(**flags))
+    state = UPDATE(state, np.arange(8), np.where(np.arange(8) == 3, 0.0, 0.5).astype(np.float32), alpha=0.1)
+    sample = SAMPLE_PRIORITIZED(jax.random.key(0), state, 256, 1, beta=1.0)
+    lost = np.asarray(sample.position) == 3
+    assert lost.any()
+    np.testing.assert_allclose(sample.weight, np.where(lost, 0.0, 1.0), rtol=1e-5)
+    # And where nothing else was drawn:
+    state = UPDATE(state, np.arange(8), np.where(np.arange(8) == 3, 1.0, 0.0).astype(np.float32), alpha=9.0)
+    np.testing.assert_array_equal(SAMPLE_PRIORITIZED(jax.random.key(0), state, 4, 1, beta=1.0).weight, 0.0)
+
+
 def test_new_items_get_the_largest_priority_and_empty_rows_are_never_drawn():
     transitions = stream(8, 2)
     state = replay.prioritized.init(spec(transitions), 8, 2)

@@ -68,7 +68,7 @@ def test_an_item_of_priority_zero_is_never_drawn():
 def test_the_last_target_of_all_still_finds_an_item(monkeypatch):
     # The largest value that a uniform draw can take, and 1 itself, which rounding of a stratum can give.
     tree = sum_tree.update(sum_tree.init(40), jnp.arange(3), jnp.asarray([0.3, 0.7, 0.1]))
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.ones(shape))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.ones(shape, dtype))
     index, priority = sum_tree.sample(jax.random.key(0), tree, 4)
     assert (np.asarray(priority) > 0).all()
     assert index[-1] == 2
