@@ -17,6 +17,7 @@ import numpy as np
 
 from jrl.envs.batched import OneOf
 from jrl.envs.build import action_struct, select
+from jrl.envs.observations import check_single
 from jrl.types import Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
 
 
@@ -74,13 +75,14 @@ def time_limit(env: Environment, max_steps: int) -> Environment:
     a limit of its own (gymnax: ``params={"max_steps_in_episode": …}``), change that one instead.
 
     Raises:
-        ValueError: ``max_steps`` is a number below 1.
+        ValueError: ``max_steps`` is a number below 1; when traced, if the environment was vectorised first.
     """
     if not isinstance(max_steps, jax.core.Tracer) and np.any(np.asarray(max_steps) < 1):
         raise ValueError(f"time_limit(max_steps={max_steps}): an episode has at least one step.")
 
     def reset(key: Key, params: TimeLimitParams) -> tuple[TimeLimitState, PyTree]:
         env_state, obs = env.reset(key, params.env)
+        check_single(env, obs)
         return TimeLimitState(env_state, jnp.zeros((), jnp.int32)), obs
 
     def step(key: Key, env_state: TimeLimitState, action: Array, params: TimeLimitParams) -> Any:
@@ -122,7 +124,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
     first action of an episode has no predecessor and is executed as asked.
 
     Raises:
-        ValueError: ``probability`` is a number outside [0, 1].
+        ValueError: ``probability`` is a number outside [0, 1]; when traced, if the environment was vectorised first.
     """
     if isinstance(probability, int | float) and not 0.0 <= probability <= 1.0:
         raise ValueError(f"sticky_actions(probability={probability}): must be in [0, 1].")
@@ -130,6 +132,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
 
     def reset(key: Key, params: StickyParams) -> tuple[StickyState, PyTree]:
         env_state, obs = env.reset(key, params.env)
+        check_single(env, obs)
         return StickyState(env_state, jnp.zeros(struct.shape, struct.dtype), jnp.ones((), jnp.bool_)), obs
 
     def step(

@@ -135,7 +135,15 @@ def test_frame_stack_needs_a_frame():
         envs.frame_stack(counting(), 0)
 
 
-@pytest.mark.parametrize("wrap", [envs.flatten_observation, functools.partial(envs.frame_stack, n=2)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        envs.flatten_observation,
+        functools.partial(envs.frame_stack, n=2),
+        functools.partial(envs.time_limit, max_steps=2),  # one clock for all, were it let through
+        functools.partial(envs.sticky_actions, probability=0.5),  # and one draw for all
+    ],
+)
 def test_single_environment_wrappers_refuse_a_vectorised_one(wrap):
     env = wrap(envs.vectorize(counting((2,)), 3))
     with pytest.raises(ValueError, match=r"shape \(3, 2\) where \(2,\) is expected. Apply"):
