@@ -157,9 +157,9 @@ def transform_action(env: Environment, fn: Callable[[Array], Array], action: Any
 
 
 def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environment:
-    """Offer evenly spaced values of a bounded :class:`~jrl.types.Box`, both bounds among them.
+    """Offer evenly spaced values of a bounded :class:`~jrl.types.Box`, both bounds among them, exactly.
 
-    Component ``i`` takes ``low[i] + a[i] (high[i] - low[i]) / (bins[i] - 1)``. One component gives
+    Component ``i`` takes ``(1 - t) low[i] + t high[i]`` with ``t = a[i] / (bins[i] - 1)``. One component gives
     :class:`~jrl.types.Discrete`, several give :class:`~jrl.types.MultiDiscrete`.
 
     Args:
@@ -180,11 +180,10 @@ def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environme
             "component of the action, each at least 2."
         )
     ns = tuple(int(b) for b in given)
-    low, high = box.low.reshape(-1), box.high.reshape(-1)
-    width = (high - low) / (np.asarray(ns, np.float32) - 1)
+    last = np.asarray(ns, np.float32) - 1
 
     def value(action: Array) -> Array:
-        return (low + jnp.reshape(action, (size,)) * width).reshape(box.shape)
+        return _between(box, (jnp.reshape(action, (size,)) / last).reshape(box.shape))
 
     return transform_action(env, value, Discrete(ns[0]) if size == 1 else MultiDiscrete(ns))
 
@@ -209,8 +208,13 @@ def rescale_action(env: Environment, low: float = -1.0, high: float = 1.0) -> En
     """
     box = _bounded_box(env, "rescale_action")
     space = Box(box.shape, low, high)
-    scale = (box.high - box.low) / (space.high - space.low)
-    return transform_action(env, lambda action: box.low + (action - space.low) * scale, space)
+    width = space.high - space.low
+    return transform_action(env, lambda action: _between(box, (action - space.low) / width), space)
+
+
+def _between(box: Box, share: Array) -> Array:
+    """Return what lies at a share of the way from ``low`` to ``high``; at 0 and 1 the bounds themselves, unrounded."""
+    return (1.0 - share) * box.low + share * box.high
 
 
 def _bounded_box(env: Environment, wrapper: str) -> Box:

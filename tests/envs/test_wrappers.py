@@ -279,6 +279,21 @@ def test_discretize_takes_any_whole_number(bins):
     assert envs.discretize_actions(counting(action=Box((1,), -2.0, 2.0)), bins).action == Discrete(5)
 
 
+def test_the_outermost_actions_are_the_bounds_themselves():
+    """By ``low + a width`` some would be a rounding beyond them, which an environment that checks refuses."""
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=64).astype(np.float32)
+    box = Box((64,), low, low + rng.uniform(0.1, 3.0, 64).astype(np.float32))
+    env = counting(action=box)._replace(step=lambda key, env_state, action, params: action)
+    for bins in (3, 4, 8):
+        step = jax.jit(envs.discretize_actions(env, bins).step)
+        np.testing.assert_array_equal(step(None, None, jnp.zeros(64, jnp.int32), None), box.low)
+        np.testing.assert_array_equal(step(None, None, jnp.full(64, bins - 1), None), box.high)
+    step = jax.jit(envs.rescale_action(env).step)
+    np.testing.assert_array_equal(step(None, None, jnp.full(64, -1.0), None), box.low)
+    np.testing.assert_array_equal(step(None, None, jnp.full(64, 1.0), None), box.high)
+
+
 def test_discretize_refusals():
     box = counting(action=Box((2,), -1, 1))
     for bins in (1, [3], [3, 1], 2.7, [2.7, 3], [], "33", True):
