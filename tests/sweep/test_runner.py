@@ -166,6 +166,17 @@ def test_random_settings_with_a_grid_and_environment_parameters():
     assert table.columns["seed"] == [4, 9] * 6
 
 
+def test_a_switch_is_swept_and_is_one_or_zero_in_the_table(tmp_path):
+    def transition(key, time, action, params):
+        return time + 1, jnp.zeros(1), jnp.where(params["on"], 2.0, 1.0), False, time >= 3
+
+    env = from_functions(lambda key, params: (0, jnp.zeros(1)), transition, {"on": True}, types.Discrete(2))
+    table = run(tmp_path, env=env, grid={"env.on": [True, False]}, seeds=1).table
+    assert table.columns["env.on"] == [1, 0]
+    assert table.columns["episode_return_mean"] == [8.0, 4.0]
+    assert tables.read(tmp_path).columns["env.on"] == [1, 0]
+
+
 # ---------------------------------------------------------------------------------------------- bad members
 
 
