@@ -571,6 +571,47 @@ def test_what_a_sweep_refuses(changes, text, tmp_path):
     assert not (out / "sweep.json").exists()  # free for the corrected command
 
 
+@struct.dataclass
+class WithStatus(fake.HParams):
+    status: float = 1.0
+
+
+@struct.dataclass
+class WithoutKey:
+    inner: fake.State
+
+
+def without_key():
+    """The fake algorithm, whose state has its key under another name."""
+    algo = fake.make(ENV, fake.Config())
+
+    def step(state, hparams):
+        inner, metrics = algo.step(state.inner, hparams)
+        return WithoutKey(inner), metrics
+
+    return algo._replace(init=lambda key, hparams: WithoutKey(algo.init(key, hparams)), step=step)
+
+
+def test_what_an_algorithm_lacks_is_told_before_it_is_trained():
+    arguments = {"env": ENV, "env_steps": STEPS, "seeds": 2, "progress": "none"}
+    for algo, hparams, changes, text in (
+        (
+            fake.make(ENV, fake.Config()),
+            WithStatus(),
+            {"grid": {"status": [1.0, 2.0]}},
+            "status is swept, and is a",
+        ),
+        (
+            without_key(),
+            fake.HParams(),
+            {"pbt": sweep.PBT({"learning_rate": (0, 1)}, 80)},
+            "State has no field key",
+        ),
+    ):
+        with pytest.raises(RunError, match=text):
+            sweep.plan(algo, hparams, **arguments, **changes)
+
+
 def test_a_search_is_an_object():
     with pytest.raises(TypeError, match=r"halving=True: expected a jrl.sweep.Halving"):
         run(halving=True)
