@@ -103,8 +103,9 @@ def save(
     if first:
         unfinished.mkdir()
     _wait_for_all("made")
+    leaves = [_with_file(leaf) for leaf in leaves]
     # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
-    arrays = {path: array for path, array in arrays.items() if array.size}
+    arrays = {_file(leaf): arrays[leaf["path"]] for leaf in leaves if arrays[leaf["path"]].size}
     final = _path(folder, step)
     with _removed_if_it_fails(unfinished):
         if arrays:
@@ -192,7 +193,7 @@ def restore(folder: str | os.PathLike, like: PyTree, step: int | None = None) ->
             with _quiet_orbax() as checkpointer:
                 # as NumPy arrays, also what was sharded over devices or processes that are not here now
                 kinds = {
-                    leaf["path"]: _restore_as_numpy() for leaf in saved.values() if 0 not in leaf["shape"]
+                    _file(leaf): _restore_as_numpy() for leaf in saved.values() if 0 not in leaf["shape"]
                 }
                 arrays = checkpointer.restore(path / _ARRAYS, restore_args=kinds)
         except (ValueError, KeyError, OSError) as error:  # what orbax and tensorstore raise on a bad store
@@ -259,6 +260,19 @@ def _leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
 
 
+def _with_file(leaf: dict[str, Any]) -> dict[str, Any]:
+    """Add the ``file`` under which orbax is given a leaf, where that is not its path.
+
+    A dot in a name is to orbax what a slash is, a backslash it does not read back: both would be saved and lost.
+    """
+    file = re.sub(r"[%.\\\0]", lambda found: f"%{ord(found[0]):02X}", leaf["path"])
+    return leaf if file == leaf["path"] else {**leaf, "file": file}
+
+
+def _file(leaf: dict[str, Any]) -> str:
+    return leaf.get("file", leaf["path"])
+
+
 def _described(state: PyTree) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what :class:`Snapshot` holds, the arrays where they are."""
     arrays, leaves = {}, []
@@ -295,7 +309,7 @@ def _load(leaf: dict[str, Any], arrays: dict[str, np.ndarray]) -> jax.Array:
             return jax.random.split(jax.random.key(0, impl=impl), tuple(leaf["shape"]))
         return jnp.zeros(leaf["shape"], leaf["dtype"])
     # A copy: on a CPU jax may otherwise alias NumPy's memory, and the driver donates these buffers.
-    array = jnp.array(arrays.pop(leaf["path"]), copy=True)
+    array = jnp.array(arrays.pop(_file(leaf)), copy=True)
     return jax.random.wrap_key_data(array, impl=impl) if impl else array
 
 

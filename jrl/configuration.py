@@ -188,7 +188,11 @@ def _fill_env(hparams: Any, env: Environment) -> Any:
             leaves.append(jnp.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype)))
         except (TypeError, ValueError) as error:
             raise TypeError(f"hparams: {name}={leaf!r} is not a number or an array.") from error
-    return jax.tree.unflatten(structure, leaves)
+    hparams = jax.tree.unflatten(structure, leaves)
+    if hasattr(hparams, "env"):
+        # Now, where the numbers are known: traced, a fraction in place of an integer would be cut off in silence.
+        jax.eval_shape(lambda key: env.reset(key, hparams.env), jax.random.key(0))
+    return hparams
 
 
 # ------------------------------------------------------------------------------- environment parameters

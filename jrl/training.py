@@ -46,14 +46,22 @@ def _train(step: Callable[..., Any], state: Any, hparams: Any, num_steps: int) -
 def summarize(metrics: Metrics, num_steps: Array | None = None) -> Metrics:
     """Reduce metrics over their leading axis to scalars.
 
-    Episode statistics weigh each step by the episodes that ended in it; ``num_episodes`` is summed, minimum
-    and maximum are taken over steps in which an episode ended; all else is averaged. Where no episode ended
-    at all the episode statistics are 0, and ``num_episodes`` says so.
+    Episode statistics (``episode_…``) weigh each step by the episodes that ended in it, their minimum and maximum
+    (``episode_…_min``, ``_max``) are taken over steps in which an episode ended; ``num_episodes`` is summed; all else
+    is averaged. Where no episode ended at all the episode statistics are 0, and ``num_episodes`` says so.
 
     Args:
         metrics: of each step, ``[T, ...]``, ``num_episodes`` among them.
         num_steps: how many rows are in use, where those after them are all zero; None means all ``T``.
+
+    Raises:
+        ValueError: there is no ``num_episodes``.
     """
+    if "num_episodes" not in metrics:
+        raise ValueError(
+            f"summarize(metrics): num_episodes is missing among {', '.join(metrics)}: what algo.step returns needs the "
+            "episodes that ended in it, as jrl.rollout.unroll reports them."
+        )
     count = metrics["num_episodes"]
     total = count.sum(0)
     used = len(count) if num_steps is None else jnp.maximum(num_steps, 1)
@@ -61,14 +69,14 @@ def summarize(metrics: Metrics, num_steps: Array | None = None) -> Metrics:
     for name, value in metrics.items():
         if name == "num_episodes":
             summary[name] = total
+        elif not name.startswith("episode_"):
+            summary[name] = value.sum(0) / used
         elif name.endswith("_min"):
             summary[name] = jnp.where(total > 0, jnp.where(count > 0, value, jnp.inf).min(0), 0.0)
         elif name.endswith("_max"):
             summary[name] = jnp.where(total > 0, jnp.where(count > 0, value, -jnp.inf).max(0), 0.0)
-        elif name.startswith("episode_"):
-            summary[name] = (value * count).sum(0) / jnp.maximum(total, 1.0)
         else:
-            summary[name] = value.sum(0) / used
+            summary[name] = (value * count).sum(0) / jnp.maximum(total, 1.0)
     return summary
 
 

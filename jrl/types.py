@@ -61,7 +61,8 @@ class MultiDiscrete:
 class Box:
     """Real vectors, float32 of shape ``shape`` with ``low <= action <= high`` (entries may be infinite).
 
-    ``low`` and ``high`` broadcast to ``shape`` and are kept as NumPy arrays.
+    ``low`` and ``high`` broadcast to ``shape`` and are kept as NumPy arrays. The largest float32, with which others
+    write "no bound", is infinite here: nothing can be scaled to it.
     """
 
     shape: tuple[int, ...]
@@ -71,8 +72,9 @@ class Box:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         for name in ("low", "high"):
-            bound = np.broadcast_to(np.asarray(getattr(self, name), np.float32), self.shape)
-            object.__setattr__(self, name, bound)
+            bound = np.asarray(getattr(self, name), np.float32)
+            bound = np.where(np.abs(bound) == np.finfo(np.float32).max, np.copysign(np.inf, bound), bound)
+            object.__setattr__(self, name, np.broadcast_to(bound.astype(np.float32), self.shape))
         if not np.all(self.low < self.high):
             raise ValueError(f"Box(low={self.low}, high={self.high}): low must be below high everywhere.")
 

@@ -122,8 +122,13 @@ def test_the_newest_are_kept(tmp_path):
         checkpoint.save(tmp_path, state, 12, keep=0)
 
 
-def test_leaves_whose_short_names_collide_are_kept_apart(tmp_path):
-    state = {"a": {"b": jnp.zeros(1)}, "a/b": jnp.ones(1)}
+@pytest.mark.parametrize(
+    "names",
+    [("a/b",), ("a.b",), ("a\\b", "..", "%2E", "."), ("a\0b",)],
+    ids=["slash", "dot", "others", "zero"],
+)
+def test_leaves_whose_names_a_file_could_not_tell_apart_are_kept_apart(tmp_path, names):
+    state = {"a": {"b": jnp.zeros(1)}, **{name: jnp.full(1, 1.0 + i) for i, name in enumerate(names)}}
     checkpoint.save(tmp_path, state, 0)
     assert_same(checkpoint.restore(tmp_path, state), state)
 

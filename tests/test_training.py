@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import envs, ppo, rollout, training
+from jrl import envs, loop, ppo, rollout, training
 from jrl.envs import from_functions
 from jrl.types import Algorithm, Box, Discrete, Policy
 
@@ -119,9 +119,19 @@ def test_episode_statistics_are_weighed_by_their_episodes():
     summary = training.summarize(metrics)
     assert {name: float(value) for name, value in summary.items()} == expected
     negative = training.summarize(
-        {"num_episodes": metrics["num_episodes"], "x_max": -metrics["episode_return_min"]}
+        {"num_episodes": metrics["num_episodes"], "episode_x_max": -metrics["episode_return_min"]}
     )
-    assert float(negative["x_max"]) == -1.0
+    assert float(negative["episode_x_max"]) == -1.0
+
+
+def test_a_metric_of_ones_own_is_averaged_whatever_its_name_ends_with():
+    own = {"q_max": jnp.array([1.0, 2.0, 6.0]), "log_std_min": jnp.array([-1.0, -2.0, -3.0])}
+    summary = training.summarize(own | {"num_episodes": jnp.zeros(3)})
+    row = loop.reduce_rows(jax.tree.map(np.asarray, own | {"num_episodes": jnp.zeros(3)}))
+    assert {name: float(value) for name, value in summary.items()} == row
+    assert row == {"q_max": 3.0, "log_std_min": -2.0, "num_episodes": 0.0}
+    with pytest.raises(ValueError, match="num_episodes is missing among q_max, log_std_min"):
+        training.summarize(own)
 
 
 def test_where_no_episode_ended_all_episode_statistics_are_zero():

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl.types import ActionSpace, Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
 
@@ -78,12 +79,14 @@ def strict(env: Environment) -> Environment:
     Environment states and observations leave ``reset`` and ``step`` with the same shapes and dtypes and with
     strong types (the dtypes are the smallest that hold both, found with :func:`jax.eval_shape`); rewards are
     float32 ``[]`` and flags bool ``[]``; parameters are cast to the dtypes of the default ones, so that a
-    sweep may pass any numbers; ``env.observation`` is set to what the observations really are.
+    sweep may pass any numbers (a default that stands for a real number is written 1.0: of one written 1 no fraction
+    is a value, and where it is traced nobody sees what is cut off); ``env.observation`` is set to what the
+    observations really are.
 
     Raises:
         ValueError: ``reset`` and ``step`` differ in the structure or the shapes of what they return; the
             reward or a flag is not one number, or a flag a fraction; or, when stepped, the action has another shape
-            than the space.
+            than the space; or a parameter, not traced, is a number that the default's dtype does not hold.
     """
     dtypes = jax.tree.map(lambda p: jnp.asarray(p).dtype, env.params)
     spec = _fixed_point(env)
@@ -192,7 +195,21 @@ def cast_params(params: PyTree, dtypes: PyTree, name: str) -> PyTree:
             f"{name}: params have the structure {given}, the environment's own are {expected}. Start from "
             "env.params and replace values in it."
         )
+    jax.tree_util.tree_map_with_path(lambda path, p, d: _check_held(path, p, d, name), params, dtypes)
     return jax.tree.map(lambda p, d: p if _is_key(d) else jnp.asarray(p, d), params, dtypes)
+
+
+def _check_held(path: Any, param: Any, dtype: Any, name: str) -> None:
+    if isinstance(param, jax.core.Tracer) or _is_key(dtype) or jnp.issubdtype(dtype, jnp.inexact):
+        return
+    given = np.asarray(param)
+    with np.errstate(invalid="ignore"):
+        wrong = given.astype(dtype) != given
+    if wrong.any():
+        raise ValueError(
+            f"{name}: params{jax.tree_util.keystr(path)} is {given[wrong].flat[0]}, which is no {dtype}, as its "
+            "default is: give another number, or write the default as a float, 1.0 for 1."
+        )
 
 
 def _is_key(dtype: Any) -> bool:

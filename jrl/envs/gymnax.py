@@ -304,14 +304,8 @@ def _action_space(space: Any, name: str) -> ActionSpace:
     if isinstance(space, spaces.Discrete):
         return Discrete(int(space.n))
     if isinstance(space, spaces.Box) and jnp.issubdtype(space.dtype, jnp.floating):
-        return Box(tuple(space.shape), _bound(space.low), _bound(space.high))
+        return Box(tuple(space.shape), space.low, space.high)
     raise ValueError(
         f"{name}: the action space {space} has no counterpart here: a Discrete or a floating-point Box is "
         "expected. Build the environment with jrl.envs.from_functions."
     )
-
-
-def _bound(bound: Any) -> np.ndarray:
-    bound = np.asarray(jax.device_get(bound), np.float32)
-    # gymnax writes "no bound" as the largest float
-    return np.where(np.abs(bound) >= np.finfo(np.float32).max, np.copysign(np.float32(np.inf), bound), bound)

@@ -36,7 +36,7 @@ def transform_observation(env: Environment, fn: Callable[[PyTree], PyTree]) -> E
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
         env_state, obs = env.reset(key, params)
-        _check_single(env, obs)
+        check_single(env, obs)
         return env_state, apply(obs)
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
@@ -112,7 +112,7 @@ def frame_stack(env: Environment, n: int) -> Environment:
 
     def reset(key: Key, params: PyTree) -> tuple[FrameStackState, PyTree]:
         env_state, obs = env.reset(key, params)
-        _check_single(env, obs)
+        check_single(env, obs)
         obs, with_mask = split_mask(obs)
         frames = repeat(obs)
         return FrameStackState(env_state, frames), with_mask(merge(frames))
@@ -167,7 +167,7 @@ def action_mask(env: Environment, mask_fn: Callable[[PyTree, PyTree], Array]) ->
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
         env_state, obs = env.reset(key, params)
-        _check_single(env, obs)
+        check_single(env, obs)
         return env_state, masked(obs, params)
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
@@ -197,7 +197,8 @@ def output_struct(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(fn, *args))
 
 
-def _check_single(env: Environment, obs: PyTree) -> None:
+def check_single(env: Environment, obs: PyTree) -> None:
+    """Raise ValueError unless ``obs``, of ``env.reset``, is of one environment; runs while tracing."""
     for leaf, spec in zip(jax.tree.leaves(obs), jax.tree.leaves(env.observation), strict=True):
         if leaf.shape != spec.shape:
             raise ValueError(

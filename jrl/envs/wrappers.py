@@ -17,6 +17,7 @@ import numpy as np
 
 from jrl.envs.batched import OneOf
 from jrl.envs.build import action_struct, select
+from jrl.envs.observations import check_single
 from jrl.types import Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
 
 
@@ -74,13 +75,14 @@ def time_limit(env: Environment, max_steps: int) -> Environment:
     a limit of its own (gymnax: ``params={"max_steps_in_episode": …}``), change that one instead.
 
     Raises:
-        ValueError: ``max_steps`` is a number below 1.
+        ValueError: ``max_steps`` is a number below 1; when traced, if the environment was vectorised first.
     """
     if not isinstance(max_steps, jax.core.Tracer) and np.any(np.asarray(max_steps) < 1):
         raise ValueError(f"time_limit(max_steps={max_steps}): an episode has at least one step.")
 
     def reset(key: Key, params: TimeLimitParams) -> tuple[TimeLimitState, PyTree]:
         env_state, obs = env.reset(key, params.env)
+        check_single(env, obs)
         return TimeLimitState(env_state, jnp.zeros((), jnp.int32)), obs
 
     def step(key: Key, env_state: TimeLimitState, action: Array, params: TimeLimitParams) -> Any:
@@ -122,7 +124,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
     first action of an episode has no predecessor and is executed as asked.
 
     Raises:
-        ValueError: ``probability`` is a number outside [0, 1].
+        ValueError: ``probability`` is a number outside [0, 1]; when traced, if the environment was vectorised first.
     """
     if isinstance(probability, int | float) and not 0.0 <= probability <= 1.0:
         raise ValueError(f"sticky_actions(probability={probability}): must be in [0, 1].")
@@ -130,6 +132,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
 
     def reset(key: Key, params: StickyParams) -> tuple[StickyState, PyTree]:
         env_state, obs = env.reset(key, params.env)
+        check_single(env, obs)
         return StickyState(env_state, jnp.zeros(struct.shape, struct.dtype), jnp.ones((), jnp.bool_)), obs
 
     def step(
@@ -154,9 +157,9 @@ def transform_action(env: Environment, fn: Callable[[Array], Array], action: Any
 
 
 def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environment:
-    """Offer evenly spaced values of a bounded :class:`~jrl.types.Box`, both bounds among them.
+    """Offer evenly spaced values of a bounded :class:`~jrl.types.Box`, both bounds among them, exactly.
 
-    Component ``i`` takes ``low[i] + a[i] (high[i] - low[i]) / (bins[i] - 1)``. One component gives
+    Component ``i`` takes ``(1 - t) low[i] + t high[i]`` with ``t = a[i] / (bins[i] - 1)``. One component gives
     :class:`~jrl.types.Discrete`, several give :class:`~jrl.types.MultiDiscrete`.
 
     Args:
@@ -177,11 +180,10 @@ def discretize_actions(env: Environment, bins: int | Sequence[int]) -> Environme
             "component of the action, each at least 2."
         )
     ns = tuple(int(b) for b in given)
-    low, high = box.low.reshape(-1), box.high.reshape(-1)
-    width = (high - low) / (np.asarray(ns, np.float32) - 1)
+    last = np.asarray(ns, np.float32) - 1
 
     def value(action: Array) -> Array:
-        return (low + jnp.reshape(action, (size,)) * width).reshape(box.shape)
+        return _between(box, (jnp.reshape(action, (size,)) / last).reshape(box.shape))
 
     return transform_action(env, value, Discrete(ns[0]) if size == 1 else MultiDiscrete(ns))
 
@@ -206,8 +208,13 @@ def rescale_action(env: Environment, low: float = -1.0, high: float = 1.0) -> En
     """
     box = _bounded_box(env, "rescale_action")
     space = Box(box.shape, low, high)
-    scale = (box.high - box.low) / (space.high - space.low)
-    return transform_action(env, lambda action: box.low + (action - space.low) * scale, space)
+    width = space.high - space.low
+    return transform_action(env, lambda action: _between(box, (action - space.low) / width), space)
+
+
+def _between(box: Box, share: Array) -> Array:
+    """Return what lies at a share of the way from ``low`` to ``high``; at 0 and 1 the bounds themselves, unrounded."""
+    return (1.0 - share) * box.low + share * box.high
 
 
 def _bounded_box(env: Environment, wrapper: str) -> Box:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from jrl.types import (
     ActionSpace,
@@ -29,7 +30,8 @@ def as_network(network: Any) -> Network:
             (a flax linen module, a NamedTuple, a module of functions); or, with a memory, one that also has
             ``init_memory(batch_shape)``, and whose ``init`` and ``apply`` take the memory as a third argument
             and whose ``apply`` returns ``(output, memory)``; or a pair ``(init, apply)``. It is called on
-            observations with any leading axes: none, ``[B]`` or ``[T, B]``.
+            observations with any leading axes: none, ``[B]`` or ``[T, B]``. Of a linen module the collection
+            ``params`` is trained, others (running averages) have no gradient.
 
     Raises:
         TypeError: ``network`` is none of these.
@@ -40,6 +42,8 @@ def as_network(network: Any) -> Network:
         init, apply = network
     elif callable(getattr(network, "init", None)) and callable(getattr(network, "apply", None)):
         init, apply = network.init, network.apply
+        if isinstance(network, nn.Module):
+            apply = _trained_by_params(apply)
     else:
         raise TypeError(
             f"network={network!r}: needs init(key, obs) -> params and apply(params, obs) -> output, as a flax "
@@ -53,6 +57,16 @@ def as_network(network: Any) -> Network:
         apply=lambda params, obs, memory=(): (apply(params, obs), memory),
         init_memory=no_memory,
     )
+
+
+def _trained_by_params(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a linen module's ``apply`` without gradients of its other collections."""
+
+    def trained(variables: PyTree, *arguments: PyTree) -> Any:
+        fixed = {name: part for name, part in variables.items() if name != "params"}
+        return apply({**variables, **jax.lax.stop_gradient(fixed)}, *arguments)
+
+    return trained
 
 
 def from_nnx(constructor: Callable[..., Any]) -> Network:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrl import configuration, records
+from jrl import configuration, records, tables
 from jrl.configuration import Setup
 from jrl.records import RunError
 from jrl.sweep import members
@@ -77,6 +77,11 @@ def choose_members(
     if (num_members := len(numbers) * members.size(settings)) > MOST_MEMBERS:
         raise RunError(
             f"{num_members:,} members: a sweep has at most {MOST_MEMBERS:,}; take fewer seeds or settings."
+        )
+    taken = {*tables.FIRST, *tables.RESULTS, *tables.CURVE, tables.LINEAGE}
+    if clash := sorted({*swept, *members.varying(settings)} & taken):
+        raise RunError(
+            f"{clash[0]} is swept, and is a column of the table of results: give the hyperparameter another name."
         )
     setting = np.repeat(np.arange(members.size(settings)), len(numbers))
     hparams = jax.tree.map(lambda leaf: np.asarray(leaf)[setting], settings)
@@ -165,6 +170,11 @@ def population(who: Members, setup: Setup, pbt: PBT, halving: Halving | None) ->
     """Return the members of a population: each a setting of its own, the hyperparameters that change swept."""
     if halving is not None:
         raise RunError("halving and pbt: a sweep has one search; leave out one of them.")
+    if not hasattr(jax.eval_shape(setup.algo.init, jax.random.key(0), setup.hparams), "key"):
+        raise RunError(
+            "pbt: the algorithm's State has no field key, of which the copy of a member needs one of its own: call the "
+            "key that its steps split so."
+        )
     if len(who.seeds) < 2:
         raise RunError("pbt: a population has at least two members; give more seeds or settings.")
     for name in pbt.explore:

@@ -101,8 +101,13 @@ class Results:
 
 
 def exact(values: Any) -> Any:
-    """Return numbers whose text is the shortest that reads back as the same float32: 0.001, not 0.00100000004."""
+    """Return numbers whose text is the shortest that reads back as the same float32: 0.001, not 0.00100000004.
+
+    True and False are 1 and 0, since a table holds numbers.
+    """
     array = np.asarray(values)
+    if array.dtype == bool:
+        array = array.astype(int)
     if array.dtype != np.float32:
         return array.tolist()
     return float(str(array[()])) if array.ndim == 0 else [float(str(value)) for value in array]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import cases
 import jax
@@ -10,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.key_reuse import _core as key_reuse
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh, PartitionSpec
 
 import jrl
 from jrl import checkpoint
+from jrl.sweep import members
 
 # JAX's checker follows keys through a reshape, but takes transposed ones, as those of a vmapped scan, for used.
 key_reuse.key_reuse_signatures.setdefault(
@@ -155,6 +159,37 @@ def test_same_key_same_run_and_other_key_other_run(kernel):
         assert all((x != y).any() for x, y, was_drawn in leaves if was_drawn)
     trajectories = [jax.tree.leaves(state.rollout.obs)[0] for state in (other_after, kernel.first)]
     assert (trajectories[0] != trajectories[1]).any()
+
+
+@every_case
+def test_random_streams_depend_on_the_seed_and_move_on(kernel):
+    """A key put in place of the seed's gives all seeds the same noise, one that stays the same noise in each step."""
+
+    def streams(state):
+        leaves = jax.tree.leaves(dataclasses.replace(state, rollout=()))
+        return [jax.random.key_data(leaf) for leaf in leaves if is_key(leaf)]
+
+    other = kernel.init(jax.random.key(1), kernel.hparams)
+    states = (kernel.start, kernel.first, kernel.second, other)
+    for of_one in zip(*map(streams, states), strict=True):
+        for one, another in itertools.combinations(of_one, 2):
+            assert (one != another).any(-1).all()
+    for obs, obs_of_other in zip(
+        *(jax.tree.leaves(s.rollout.obs) for s in (kernel.start, other)), strict=True
+    ):
+        if (obs != obs[:1]).any():  # the environments of one seed differ, so must those of two
+            assert (obs != obs_of_other).any()
+
+
+@every_case
+def test_a_step_reads_its_step_size_its_discount_and_the_parameters_of_the_environment(kernel):
+    program = kernel.step.trace(kernel.start, kernel.hparams).jaxpr  # by the first call
+    _, used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    names = list(members.names(kernel.hparams))
+    read = {name for name, is_read in zip(names, used[-len(names) :], strict=True) if is_read}
+    assert {"learning_rate", "gamma"} & {*names} <= read
+    of_environment = {name for name in names if name.startswith("env.")}
+    assert of_environment & read or not of_environment
 
 
 def side_by_side(function, arguments):

@@ -2,12 +2,14 @@
 
 import textwrap
 
+import fake_algorithm as fake
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jrl
+from jrl import configuration
 from jrl.envs import from_functions, strict, vectorize
 from jrl.types import Discrete, Environment, TimeStep
 
@@ -135,6 +137,26 @@ def test_new_parameters_do_not_retrace():
     assert float(obs[1] - obs[0]) == pytest.approx(0.5)
     swept = jax.vmap(run)({"speed": jnp.asarray([0.5, 1.0]), "limit": jnp.asarray([8, 3])})
     np.testing.assert_allclose(swept[:, 0], np.asarray(obs).ravel())
+
+
+def test_a_number_that_the_default_does_not_hold_is_refused_where_it_is_known():
+    def reset(key, params):
+        return 0, jnp.zeros(1)
+
+    def transition(key, time, action, params):
+        return time + 1, jnp.zeros(1), params["gain"][0], False, time >= params["limit"]
+
+    env = from_functions(reset, transition, {"gain": [1], "limit": 5}, Discrete(2), "Whole")
+    for change, message in (
+        ({"gain": [0.5]}, r"Whole: params\['gain'\]\[0\] is 0.5, which is no int32.*1.0 for 1"),
+        ({"limit": np.inf}, r"params\['limit'\] is inf, which is no int32"),
+    ):
+        params = {"gain": [1], "limit": 5} | change
+        with pytest.raises(ValueError, match=message):
+            env.reset(jax.random.key(0), params)
+        with pytest.raises(ValueError, match=message):
+            configuration.build(fake, env, hparams={"env": params})
+    assert env.step(jax.random.key(0), 0, 1, {"gain": [2.0], "limit": np.int64(5)})[1].reward == 2.0
 
 
 def test_refusals():

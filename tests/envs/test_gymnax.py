@@ -209,6 +209,13 @@ def test_action_spaces():
         env.step(jax.random.key(0), env_state, 0.0, env.params)
 
 
+def test_a_box_to_the_largest_float_has_no_bounds():
+    largest = np.finfo(np.float32).max
+    box = jrl.Box((3,), [-largest, -largest, -1.0], [largest, 2.0, largest])
+    assert box == jrl.Box((3,), [-np.inf, -np.inf, -1.0], [np.inf, 2.0, np.inf])
+    assert np.isfinite(jax.vmap(box.sample)(jax.random.split(jax.random.key(0), 50))).all()
+
+
 @struct.dataclass
 class OwnState(environment.EnvState):
     time: int

@@ -135,7 +135,15 @@ def test_frame_stack_needs_a_frame():
         envs.frame_stack(counting(), 0)
 
 
-@pytest.mark.parametrize("wrap", [envs.flatten_observation, functools.partial(envs.frame_stack, n=2)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        envs.flatten_observation,
+        functools.partial(envs.frame_stack, n=2),
+        functools.partial(envs.time_limit, max_steps=2),  # one clock for all, were it let through
+        functools.partial(envs.sticky_actions, probability=0.5),  # and one draw for all
+    ],
+)
 def test_single_environment_wrappers_refuse_a_vectorised_one(wrap):
     env = wrap(envs.vectorize(counting((2,)), 3))
     with pytest.raises(ValueError, match=r"shape \(3, 2\) where \(2,\) is expected. Apply"):
@@ -269,6 +277,21 @@ def test_discretize_several_components():
 @pytest.mark.parametrize("bins", [5, np.int64(5), np.array(5), np.array([5])])
 def test_discretize_takes_any_whole_number(bins):
     assert envs.discretize_actions(counting(action=Box((1,), -2.0, 2.0)), bins).action == Discrete(5)
+
+
+def test_the_outermost_actions_are_the_bounds_themselves():
+    """By ``low + a width`` some would be a rounding beyond them, which an environment that checks refuses."""
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=64).astype(np.float32)
+    box = Box((64,), low, low + rng.uniform(0.1, 3.0, 64).astype(np.float32))
+    env = counting(action=box)._replace(step=lambda key, env_state, action, params: action)
+    for bins in (3, 4, 8):
+        step = jax.jit(envs.discretize_actions(env, bins).step)
+        np.testing.assert_array_equal(step(None, None, jnp.zeros(64, jnp.int32), None), box.low)
+        np.testing.assert_array_equal(step(None, None, jnp.full(64, bins - 1), None), box.high)
+    step = jax.jit(envs.rescale_action(env).step)
+    np.testing.assert_array_equal(step(None, None, jnp.full(64, -1.0), None), box.low)
+    np.testing.assert_array_equal(step(None, None, jnp.full(64, 1.0), None), box.high)
 
 
 def test_discretize_refusals():

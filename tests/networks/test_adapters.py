@@ -185,6 +185,21 @@ def test_nnx_running_averages_are_not_trained():
     assert (after.params["trained"]["norm"]["scale"] != state.params["trained"]["norm"]["scale"]).all()
 
 
+def test_running_averages_of_a_linen_module_are_not_trained():
+    """Its loss has a gradient for them, and a variance that follows one becomes negative some day."""
+
+    class Normalizing(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=True)(obs + 1.0))
+
+    network = networks.as_network(Normalizing())
+    params = network.init(KEY, jnp.ones((2, 1)), ())
+    grads = jax.grad(lambda params: network.apply(params, jnp.ones((2, 1)), ())[0].sum())(params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads["batch_stats"]))
+    assert all(leaf.any() for leaf in jax.tree.leaves(grads["params"]["Dense_0"]))
+
+
 def test_nnx_random_streams_and_instances_are_refused():
     class Dropping(nnx.Module):
         def __init__(self, rngs):

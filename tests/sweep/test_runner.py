@@ -166,6 +166,17 @@ def test_random_settings_with_a_grid_and_environment_parameters():
     assert table.columns["seed"] == [4, 9] * 6
 
 
+def test_a_switch_is_swept_and_is_one_or_zero_in_the_table(tmp_path):
+    def transition(key, time, action, params):
+        return time + 1, jnp.zeros(1), jnp.where(params["on"], 2.0, 1.0), False, time >= 3
+
+    env = from_functions(lambda key, params: (0, jnp.zeros(1)), transition, {"on": True}, types.Discrete(2))
+    table = run(tmp_path, env=env, grid={"env.on": [True, False]}, seeds=1).table
+    assert table.columns["env.on"] == [1, 0]
+    assert table.columns["episode_return_mean"] == [8.0, 4.0]
+    assert tables.read(tmp_path).columns["env.on"] == [1, 0]
+
+
 # ---------------------------------------------------------------------------------------------- bad members
 
 
@@ -558,6 +569,47 @@ def test_what_a_sweep_refuses(changes, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         run(out, **changes)
     assert not (out / "sweep.json").exists()  # free for the corrected command
+
+
+@struct.dataclass
+class WithStatus(fake.HParams):
+    status: float = 1.0
+
+
+@struct.dataclass
+class WithoutKey:
+    inner: fake.State
+
+
+def without_key():
+    """The fake algorithm, whose state has its key under another name."""
+    algo = fake.make(ENV, fake.Config())
+
+    def step(state, hparams):
+        inner, metrics = algo.step(state.inner, hparams)
+        return WithoutKey(inner), metrics
+
+    return algo._replace(init=lambda key, hparams: WithoutKey(algo.init(key, hparams)), step=step)
+
+
+def test_what_an_algorithm_lacks_is_told_before_it_is_trained():
+    arguments = {"env": ENV, "env_steps": STEPS, "seeds": 2, "progress": "none"}
+    for algo, hparams, changes, text in (
+        (
+            fake.make(ENV, fake.Config()),
+            WithStatus(),
+            {"grid": {"status": [1.0, 2.0]}},
+            "status is swept, and is a",
+        ),
+        (
+            without_key(),
+            fake.HParams(),
+            {"pbt": sweep.PBT({"learning_rate": (0, 1)}, 80)},
+            "State has no field key",
+        ),
+    ):
+        with pytest.raises(RunError, match=text):
+            sweep.plan(algo, hparams, **arguments, **changes)
 
 
 def test_a_search_is_an_object():
