@@ -97,6 +97,22 @@ def test_eval_says_what_the_summary_says(folder, capsys):
     assert f"validation loss {loss:.4f} nats a token" in capsys.readouterr().out
 
 
+def test_eval_takes_the_checkpoint_and_refuses_what_is_of_episodes(folder, capsys):
+    assert pretrain(folder, "longer", 4) == 0
+    assert cli.main(["resume", str(folder / "longer"), "--env-steps", str(8 * STEP)]) == 0
+    said = []
+    for args in (["longer", "--step", "4"], ["longer"], ["lm"]):
+        capsys.readouterr()
+        assert cli.main(["eval", str(folder / args[0]), *args[1:]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] != said[1]
+    assert "000000000005 does not exist" in fails(capsys, "eval", folder / "longer", "--step", 5)
+    for args in (["--sample"], ["--seed", 0], ["--member", 0], ["--episodes", 7]):
+        assert f"{args[0]}: {folder / 'lm'} is a run of a language model" in fails(
+            capsys, "eval", folder / "lm", *args
+        )
+
+
 def test_generate_continues_the_prompt_as_often_as_asked(folder, capsys):
     assert cli.main(["generate", str(folder / "lm"), "--prompt", "to", "--samples", "3", "--top-k", "5"]) == 0
     out = capsys.readouterr().out
