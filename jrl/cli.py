@@ -140,7 +140,10 @@ def _configure(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
 
 
 def _is_sweep(path: Path) -> bool:
-    return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
+    try:
+        return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
+    except OSError:
+        return False  # a name that is too long, say: the command that reads it says what is wrong
 
 
 def _has_no_reader(stream: TextIO) -> bool:
