@@ -140,7 +140,10 @@ def _configure(args: Sequence[str], environ: MutableMapping[str, str]) -> None:
 
 
 def _is_sweep(path: Path) -> bool:
-    return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
+    try:
+        return (path / records.SWEEP).exists() or (path / records.GROUPS).exists()
+    except OSError:
+        return False  # a name that is too long, say: the command that reads it says what is wrong
 
 
 def _has_no_reader(stream: TextIO) -> bool:
@@ -337,7 +340,7 @@ def evaluate(args: Sequence[str]) -> int:
     ) -> int:
         """Play episodes with the policy of a run, or of a member of a sweep, on environments of their own.
 
-        Of a language model: the loss on its validation text.
+        Of a language model: the loss on its validation text, for which there are no episodes to choose.
 
         Args:
             path: run folder, or a sweep's.
@@ -354,7 +357,18 @@ def evaluate(args: Sequence[str]) -> int:
         if _is_language_model(path):
             from jrl.language import runs
 
-            print(progress.evaluation_line(runs.evaluate(path)))
+            chosen = {
+                "--episodes": episodes != 100,
+                "--sample": sample,
+                "--seed": seed is not None,
+                "--member": member is not None,
+            }
+            if given := [flag for flag, is_given in chosen.items() if is_given]:
+                raise ValueError(
+                    f"{', '.join(given)}: {path} is a run of a language model, which is evaluated by the loss on its "
+                    f"validation text and plays no episodes; leave {given[0]} out."
+                )
+            print(progress.evaluation_line(runs.evaluate(path, step)))
             return 0
         evaluation = driver.evaluate(
             path, num_episodes=episodes, greedy=not sample, seed=seed, step=step, member=member

@@ -75,7 +75,7 @@ def parse(
         ``env``).
 
     Raises:
-        ValueError: flags of texts with an environment that has its own.
+        ValueError: flags of texts with an environment that has its own, or given as --env-kwarg too.
     """
     of_texts = hasattr(module, "flops_per_env_step")
     groups = {
@@ -99,6 +99,11 @@ def parse(
                 f"--{name} {value if isinstance(value, str) else value[0]}: {run['env']} has texts and rewards of its "
                 "own; use --env Text-jrl."
             )
+        for name in given:
+            if name in env_kwargs:
+                raise ValueError(
+                    f"--{name} and --env-kwarg {name}=...: the same is given twice; leave one out."
+                )
         env_kwargs |= {name: list(value) if name == "reward" else value for name, value in given.items()}
     return options(**run), env_kwargs, config, hparams
 
@@ -157,12 +162,14 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def pairs(items: Sequence[str], flag: str) -> dict[str, str]:
-    """Split ``NAME=VALUE`` items; raises ValueError, naming ``flag``, for one that is something else."""
-    found = {}
+    """Split ``NAME=VALUE`` items; raises ValueError, naming ``flag``, for another form or a name given twice."""
+    found: dict[str, str] = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise ValueError(f"{flag} {item}: expected NAME=VALUE, for example {flag} length=0.7")
+        if name in found:
+            raise ValueError(f"{flag} {item}: {name} is given twice, as {found[name]} before; give it once.")
         found[name] = value
     return found
 

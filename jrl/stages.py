@@ -23,7 +23,8 @@ from jrl.types import ActionSpace, Array, Key, MaskedObservation, Network, Param
 
 
 def warm_start(state: Any, params: Params) -> Any:
-    """Return a state that acts and learns from ``params`` on; target networks start there too.
+    """Return a state that acts and learns from ``params`` on; target networks start there too, as does the reference
+    that a policy of texts is kept near.
 
     Everything else stays: take a state fresh from ``init``, whose optimiser knows nothing yet. The parameters are
     copied, so that the state can be donated.
@@ -45,6 +46,8 @@ def warm_start(state: Any, params: Params) -> Any:
         changes["target_params"] = _copy(params)
     if hasattr(state, "target_critic"):
         changes["target_critic"] = _copy(params["critic"])
+    if jax.tree.leaves(getattr(state, "reference", ())):  # () where nothing is kept near it
+        changes["reference"] = _copy(params)
     return dataclasses.replace(state, **changes)
 
 

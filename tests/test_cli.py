@@ -344,6 +344,7 @@ def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
             "the environment has no parameter 'lenght'. Nearest: length",
         ),
         ([*TRAIN, "--env-param", "length"], "--env-param length: expected NAME="),
+        ([*TRAIN, *["--env-param", "length=1"] * 2], "--env-param length=1: length is given twice, as 1 before"),
         (
             [*TRAIN, "--env-param", "gravity=low"],
             "parameter gravity='low' is not a number",
@@ -354,6 +355,7 @@ def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
         ),
         ([*TRAIN, "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["resume", "nowhere"], "nowhere is not a run folder: it has no run.json"),
+        (["resume", 300 * "a"], "File name too long"),
         (["eval", "nowhere"], "nowhere is not a run folder"),
         (["eval", "nowhere", "--episodes", "0"], "--episodes 0: must be at least 1"),
         (["eval", "nowhere", "--episodes", "99999999999999"], "must be at least 1 and below 2**31."),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jrl
-from jrl import cli, dqn, inspection, inspection_plots, networks, ops, ppo, r2d2, td3
+from jrl import cli, dqn, grpo, inspection, inspection_plots, maml, networks, ops, ppo, r2d2, reinforce, td3
 from jrl.envs import to_mdp
+from jrl.language import models, tasks, token_q
 from jrl.ops import mdp
+from jrl.types import MaskedObservation
 
 
 @pytest.mark.parametrize(("activation", "num_points"), [("tanh", 256), ("relu", 16_384)])
@@ -94,6 +98,40 @@ def test_a_policy_that_tells_no_value():
     policy = algo.policy(algo.init(jax.random.key(0), td3.HParams()))
     with pytest.raises(ValueError, match="of which none is a value; take the policy of ppo"):
         inspection.follow(jax.random.key(1), env, policy, num_steps=2, gamma=0.9)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce", "maml"])
+def test_values_that_nothing_was_fitted_to_are_not_told(name):
+    if name in ("grpo", "rloo"):
+        env = tasks.random_rewards(3, 2)
+        algo = grpo.make(env, grpo.Config(variant=name, num_prompts=1, group_size=2, hidden_sizes=(4,)))
+        hparams: Any = grpo.HParams()
+    elif name == "reinforce":
+        env, hparams = jrl.make("CartPole-v1"), reinforce.HParams()
+        algo = reinforce.make(env, reinforce.Config(baseline="mean", num_envs=2, hidden_sizes=(4,)))
+    else:
+        env, hparams = jrl.make("Navigation2D-jrl"), maml.HParams()
+        algo = maml.make(env, maml.Config(num_tasks=1, num_envs=2, hidden_sizes=(4,)))
+    policy = algo.policy(algo.init(jax.random.key(0), hparams))
+    with pytest.raises(ValueError, match="of which none is a value"):
+        inspection.follow(jax.random.key(1), env, policy, num_steps=2, gamma=0.9)
+
+
+def test_ilql_tells_its_value_and_token_dqn_only_what_may_be_said():
+    env = tasks.random_rewards(3, 2)
+    small = {"num_envs": 2, "warmup_texts": 2, "batch_size": 2, "capacity": 4, "hidden_sizes": (4,)}
+    config, hparams = token_q.Config(variant="ilql", **small), token_q.HParams()
+    state = token_q.make(env, config).init(jax.random.key(0), hparams)
+    obs = jnp.array([[0, -1, -1], [0, 2, -1]])
+    told = token_q.make(env, config).policy(state)(jax.random.key(1), obs, ())[2]
+    model = models.of_config(env, config, num_q=2)
+    np.testing.assert_allclose(told["value"], model.prefix(state.target_params, obs).value, rtol=1e-6)
+    assert "q" not in told
+    allowed = jnp.array([[True, False, True], [False, True, True]])
+    algo = token_q.make(env, token_q.Config(**small))
+    policy = algo.policy(algo.init(jax.random.key(0), hparams))
+    q = policy(jax.random.key(1), MaskedObservation(obs, allowed), ())[2]["q"]
+    np.testing.assert_array_equal(q > -1e30, allowed)
 
 
 def test_maps_of_a_grid():

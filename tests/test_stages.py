@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jrl
-from jrl import dqn, networks, ppo, sac, stages, tabular
+from jrl import dqn, grpo, networks, ppo, sac, stages, tabular
 from jrl.envs import to_mdp
+from jrl.language import tasks
 from jrl.ops import mdp
 from jrl.types import MaskedObservation, Network
 
@@ -37,6 +38,19 @@ def test_a_warm_start_replaces_parameters_and_targets_and_shares_nothing():
     assert_equal(warm.opt_state, state.opt_state)
     jax.jit(algo.step, donate_argnums=0)(warm, dqn.HParams())  # no buffer twice
     assert_equal(other, jax.tree.map(lambda leaf: leaf + 1.0, state.params))
+
+
+@pytest.mark.parametrize(("choices", "kept"), [({}, True), ({"penalty": "none"}, False)])
+def test_a_policy_of_texts_is_kept_near_what_it_starts_from(choices, kept):
+    env = tasks.random_rewards(3, 2)
+    algo = grpo.make(env, grpo.Config(num_prompts=1, group_size=2, hidden_sizes=(4,), **choices))
+    hparams = grpo.HParams(kl_coef=0.1)
+    state = jax.jit(algo.init)(jax.random.key(0), hparams)
+    params = jax.tree.map(lambda leaf: leaf + 1.0, state.params)
+    warm = jrl.warm_start(state, params)
+    assert_equal(warm.reference, params if kept else ())
+    metrics = jax.jit(algo.step, donate_argnums=0)(warm, hparams)[1]
+    np.testing.assert_allclose(metrics["kl"], 0.0, atol=1e-6)
 
 
 def test_a_part_of_the_parameters():

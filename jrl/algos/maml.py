@@ -136,7 +136,7 @@ def make(
     config = checks.config(config, Config)
     actor, surrogate = _surrogate(env, config, network)
     _replace_parameter(env.params, config.task_parameter, jnp.asarray, env.name)
-    played = on_policy.policies(actor)
+    played = on_policy.policies(actor, learns_value=False)
     per_step = config.num_tasks * config.num_envs * config.unroll_length * (config.inner_steps + 1)
 
     def draw_tasks(key: Key, hparams: HParams) -> PyTree:

@@ -56,10 +56,10 @@ def actor(env: Environment, num_envs: int, network: Any, config: Any, **choices:
     return Actor(envs, network, distribution)
 
 
-def policies(actor: Actor) -> Callable[..., Policy]:
+def policies(actor: Actor, learns_value: bool = True) -> Callable[..., Policy]:
     """Return ``(params, *, greedy) -> Policy``: the mode of the distribution, or samples from it.
 
-    Its extras are ``{"value": [...]}``.
+    Its extras are ``{"value": [...]}``, or ``{}`` where nothing fits the values of the network to returns.
     """
 
     def play(
@@ -70,7 +70,7 @@ def policies(actor: Actor) -> Callable[..., Policy]:
         action = distribution.mode() if greedy else distribution.sample(key)
         if isinstance(actor.envs.action, Box):
             action = jnp.clip(action, actor.envs.action.low, actor.envs.action.high)
-        return action, memory, {"value": value}
+        return action, memory, {"value": value} if learns_value else {}
 
     # One function each for ever: a policy's function is static, and a new one would recompile.
     play_greedily, play_sampled = (jax.tree_util.Partial(play, greedy) for greedy in (True, False))

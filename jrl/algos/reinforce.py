@@ -127,9 +127,8 @@ def make(
         env, config.num_envs, network, config, shared_torso=config.shared_torso
     )
     checks.feed_forward(network, "reinforce")
-    played = on_policy.policies(actor)
-
     learns_value = config.baseline == "value"
+    played = on_policy.policies(actor, learns_value)
 
     def act(params: Params, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         (head, _), memory = network.apply(params, obs, memory)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import configuration, flags, records
+from jrl import configuration, driver, flags, records
 from jrl.bench import calibrate
 from jrl.language import data, distillation, generation, pretraining, runs, tokenizers
 from jrl.language.tokenizers import Tokenizer
@@ -104,6 +104,11 @@ def distill(args: Sequence[str], free_folder: Any) -> int:
         "jrl distill MODEL", distillation.__doc__ or "", groups, args[1:]
     )
     options = DistillOptions(**run)
+    if options.tokenizer != DistillOptions.tokenizer:
+        raise ValueError(
+            f"--tokenizer {options.tokenizer}: the student says the teacher's tokens, the only ones that fit; leave "
+            "it out."
+        )
     teacher = runs.load(args[0])
     corpus, text = options.corpus, data.read(options.corpus) if options.corpus else ""
     if not corpus:
@@ -151,6 +156,7 @@ def generate(args: Sequence[str]) -> int:
             seed: of the draws.
             tokenizer: its file or folder, where it does not lie beside the model.
         """
+        driver.check_numbers(seed=seed)
         sampling = _sampling(temperature, top_k, top_p)
         model = runs.load(path, tokenizer)
         texts, speed = say(
@@ -206,15 +212,18 @@ def _student(teacher: transformer.Config, given: str) -> transformer.Config:
 
 
 def _corpus_of(folder: Path) -> tuple[str, str]:
-    """Return the name and the text of what a teacher was trained on."""
-    if not runs.is_run(folder):
-        raise ValueError(
-            f"{folder} is no run of jrl, so that it does not say what it was trained on: pass --corpus."
-        )
-    record = records.read_run(folder)
+    """Return the name and the text of what a teacher was trained on, or the model that it was trained from."""
+    origin = folder
+    while not runs.is_run(origin):
+        known = (origin / records.RUN).exists()
+        model = records.read_run(origin)["environment"]["kwargs"].get("model") if known else None
+        if model is None:
+            raise ValueError(f"{folder} does not say what it was trained on: pass --corpus.")
+        origin = Path(model)
+    record = records.read_run(origin)
     why = "the student would learn from another text than its teacher"
     fix = ", or say which to learn from (--corpus)"
-    return record["corpus"]["name"], runs.corpus_of(folder, record, why, fix)
+    return record["corpus"]["name"], runs.corpus_of(origin, record, why, fix)
 
 
 # -------------------------------------------------------------------------------------------- generating
@@ -288,10 +297,13 @@ def _beginning(model: runs.Model) -> list[int]:
 
 
 def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> generation.Sampling:
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature {temperature}: must be 0 (the most probable token) or above.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"--top-k {top_k}: must be at least 1.")
+    # Divided by less, logits would no longer be numbers of 32 bits.
+    if temperature != 0 and not 1e-30 <= temperature < float("inf"):
+        raise ValueError(
+            f"--temperature {temperature}: must be 0 (the most probable token), or 1e-30 or above."
+        )
+    if top_k is not None and not 1 <= top_k < 2**31:
+        raise ValueError(f"--top-k {top_k}: must be at least 1 and below 2**31.")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"--top-p {top_p}: must be above 0 and at most 1.")
     return generation.Sampling(temperature or 1.0, top_k, top_p)

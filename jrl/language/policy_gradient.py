@@ -207,7 +207,9 @@ def make(
         tokens, mask = models.tokens_of(obs)
         output = model.prefix(params, tokens)
         policy = models.next_token(output.logits, mask)
-        return policy.mode() if greedy else policy.sample(key), memory, {"value": output.value}
+        # Without a critic nothing fits the value head to returns.
+        told = {"value": output.value} if choice.advantage == "value" else {}
+        return policy.mode() if greedy else policy.sample(key), memory, told
 
     play_greedily, play_sampled = jax.tree_util.Partial(play, True), jax.tree_util.Partial(play, False)
 

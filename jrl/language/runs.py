@@ -154,18 +154,23 @@ def resume(folder: Path, tokens: int | None = None, progress: str | None = None)
     return driver.resume_run(folder, tokens, build, progress=progress)
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
+def evaluate(folder: Path, step: int | None = None) -> dict[str, Any]:
     """Return ``validation_loss``, ``perplexity`` and ``num_tokens`` of a run's model on its validation text.
+
+    Args:
+        folder: the run's.
+        step: the checkpoint; the newest by default.
 
     Raises:
         RunError: not a run folder, or the corpus has changed.
-        CheckpointError: (a RunError) no checkpoint is intact.
+        CheckpointError: (a RunError) no checkpoint is intact, or none is that of ``step``.
         ValueError: the corpus cannot be read.
     """
-    record, model = records.read_run(folder), load(folder)
+    record = records.read_run(folder)
+    params, config = _restore(folder, record, step), transformer.Config(**record["model"])
     text = corpus_of(folder, record, "its validation text is another")
-    _, validation = _corpora(record, text, model.tokenizer)
-    evaluation = _evaluate(record, model.config, model.params, validation)
+    _, validation = _corpora(record, text, tokenizers.read(folder))
+    evaluation = _evaluate(record, config, params, validation)
     assert evaluation is not None  # None is for a requested stop
     return evaluation
 
@@ -248,12 +253,12 @@ def _policy(folder: Path) -> tuple[Params, transformer.Config]:
     return {part: run.state.params[part] for part in decoder.params}, decoder.config
 
 
-def _restore(folder: Path, record: Mapping[str, Any]) -> Params:
+def _restore(folder: Path, record: Mapping[str, Any], step: int | None = None) -> Params:
     nothing = Corpus(np.zeros(record["model"]["max_length"] + 2, np.uint8))
     module, config, model, hparams = _instances(record)
     algo = _algorithm(record, module, nothing, None, model, config, None)
     like = jax.eval_shape(algo.init, jax.random.key(0), hparams)
-    return checkpoint.restore(folder / records.CHECKPOINTS, like).params
+    return checkpoint.restore(folder / records.CHECKPOINTS, like, step).params
 
 
 def _instances(record: Mapping[str, Any]) -> tuple[Any, Any, transformer.Config, Any]:

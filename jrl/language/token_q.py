@@ -200,8 +200,12 @@ def make(
     def act(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         params, epsilon, weight = acting
         tokens, mask = models.tokens_of(obs)
-        score = scores(model.prefix(params, tokens), weight)
-        return ops.epsilon_greedy(key, score, epsilon, mask), memory, {"q": score}
+        output = model.prefix(params, tokens)
+        score = scores(output, weight)
+        score = score if mask is None else ops.masked(score, mask)
+        # What ILQL maximises are log-probabilities with advantages on top, in no unit of the rewards.
+        told = {"value": output.value} if ilql else {"q": score}
+        return ops.epsilon_greedy(key, score, epsilon, mask), memory, told
 
     def speak(acting: PyTree, key: Key, obs: PyTree, memory: Memory) -> tuple[Array, Memory, PyTree]:
         """Act as in training: with the cache, where there is one, and nothing to be recorded."""

@@ -97,6 +97,22 @@ def test_eval_says_what_the_summary_says(folder, capsys):
     assert f"validation loss {loss:.4f} nats a token" in capsys.readouterr().out
 
 
+def test_eval_takes_the_checkpoint_and_refuses_what_is_of_episodes(folder, capsys):
+    assert pretrain(folder, "longer", 4) == 0
+    assert cli.main(["resume", str(folder / "longer"), "--env-steps", str(8 * STEP)]) == 0
+    said = []
+    for args in (["longer", "--step", "4"], ["longer"], ["lm"]):
+        capsys.readouterr()
+        assert cli.main(["eval", str(folder / args[0]), *args[1:]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] != said[1]
+    assert "000000000005 does not exist" in fails(capsys, "eval", folder / "longer", "--step", 5)
+    for args in (["--sample"], ["--seed", 0], ["--member", 0], ["--episodes", 7]):
+        assert f"{args[0]}: {folder / 'lm'} is a run of a language model" in fails(
+            capsys, "eval", folder / "lm", *args
+        )
+
+
 def test_generate_continues_the_prompt_as_often_as_asked(folder, capsys):
     assert cli.main(["generate", str(folder / "lm"), "--prompt", "to", "--samples", "3", "--top-k", "5"]) == 0
     out = capsys.readouterr().out
@@ -185,6 +201,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "the character 'X' is not in the alphabet" in fails(capsys, "generate", lm, "--prompt", "X")
     assert "--temperature -1.0: must be 0" in fails(capsys, "generate", lm, "--temperature", "-1")
     assert "--top-p 0.0: must be above 0" in fails(capsys, "generate", lm, "--top-p", "0")
+    assert "--temperature 1e-40: must be 0" in fails(capsys, "generate", lm, "--temperature", "1e-40")
+    assert "--top-k 4294967296: must be" in fails(capsys, "generate", lm, "--top-k", 2**32)
+    assert f"seed={2**64}: must be below 2**32" in fails(capsys, "generate", lm, "--seed", 2**64)
+    assert "--tokenizer byte: the student says" in fails(capsys, "distill", lm, "--tokenizer", "byte")
     assert "is no model folder: it has no config.json" in fails(capsys, "generate", tmp_path)
     (tmp_path / "empty.txt").write_text("")
     assert "is empty: a model needs text" in fails(capsys, "pretrain", "--corpus", tmp_path / "empty.txt")

@@ -12,7 +12,17 @@ import pytest
 
 import jrl
 from jrl import cli, configuration, flags, records
-from jrl.language import models, named_rewards, ngrams, offline, policy_gradient, runs, tokenizers, weights
+from jrl.language import (
+    commands,
+    models,
+    named_rewards,
+    ngrams,
+    offline,
+    policy_gradient,
+    runs,
+    tokenizers,
+    weights,
+)
 from jrl.language.environments import Prompts, Rating, at_end, token_mdp
 from jrl.language.rewards import Text
 from jrl.networks import transformer
@@ -235,6 +245,7 @@ def test_a_run_says_what_a_run_on_texts_says(folder, capsys):
     assert capsys.readouterr().out.count("\nto") == 2
     tuned, model = runs.load(folder / "rl"), runs.load(folder / "lm")
     assert tuned.tokenizer == model.tokenizer
+    assert commands._corpus_of(folder / "rl") == commands._corpus_of(folder / "lm")
     assert not np.array_equal(tuned.params["embedding"], model.params["embedding"])
 
 
@@ -355,6 +366,8 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     error = bad("--env", "RandomWalks-jrl", "--model", "pretrained")
     assert "model='pretrained' on RandomWalks-jrl, which brings no decoder" in error
     assert "nothing/here" in bad(*text, "--model", "nothing/here")
+    error = bad(*text, *lm, *TINY, "--reward", "ngram", "--env-kwarg", 'reward="finished"')
+    assert "--reward and --env-kwarg reward=...: the same is given twice" in error
     assert "end='be': no token of the model is that" in bad(*text, *lm, *TINY, "--env-kwarg", 'end="be"')
     assert not (tmp_path / "x").exists()
 
