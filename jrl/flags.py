@@ -104,6 +104,9 @@ def parse(
                 raise ValueError(
                     f"--{name} and --env-kwarg {name}=...: the same is given twice; leave one out."
                 )
+        for name in {"model", "prompts"} & given.keys():
+            if given[name] != "corpus":  # a file or folder: the run goes on, and is evaluated, from anywhere
+                given[name] = str(Path(given[name]).resolve())
         env_kwargs |= {name: list(value) if name == "reward" else value for name, value in given.items()}
     return options(**run), env_kwargs, config, hparams
 

@@ -277,12 +277,13 @@ def test_the_model_that_a_run_needs_is_not_overwritten(folder, out, capsys):
         assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_model_that_was_trained_further_is_noticed(folder, tmp_path, capsys):
+def test_a_model_that_was_trained_further_is_noticed(folder, tmp_path, capsys, monkeypatch):
     shutil.copytree(folder / "lm", tmp_path / "lm")
     (tmp_path / "prompts.txt").write_text("to\nbe\n")
-    given = ["--model", tmp_path / "lm", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "rl"]
-    args = ["train", *GRPO, "--env-steps", 40, *given]
-    assert cli.main([str(arg) for arg in args]) == 0
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", "lm", "--prompts", "prompts.txt", "--out", "rl"]
+    assert cli.main(["train", *GRPO, "--env-steps", "40", *given]) == 0
+    monkeypatch.chdir(folder)  # what the run was made of is found from anywhere
     record = records.read_run(tmp_path / "rl")
     assert set(record["sources"]) == {"model", "prompts", "corpus"}
     assert record["sources"]["model"]["step"] == 640 // (4 * 8 * 10)
