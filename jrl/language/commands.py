@@ -157,6 +157,8 @@ def generate(args: Sequence[str]) -> int:
             tokenizer: its file or folder, where it does not lie beside the model.
         """
         driver.check_numbers(seed=seed)
+        if not 1 <= samples < 2**31:
+            raise ValueError(f"--samples {samples}: must be at least 1 and below 2**31.")
         sampling = _sampling(temperature, top_k, top_p)
         model = runs.load(path, tokenizer)
         texts, speed = say(

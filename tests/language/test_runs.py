@@ -203,6 +203,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "--top-p 0.0: must be above 0" in fails(capsys, "generate", lm, "--top-p", "0")
     assert "--temperature 1e-40: must be 0" in fails(capsys, "generate", lm, "--temperature", "1e-40")
     assert "--top-k 4294967296: must be" in fails(capsys, "generate", lm, "--top-k", 2**32)
+    assert "--samples 4294967296: must be" in fails(capsys, "generate", lm, "--samples", 2**32)
     assert f"seed={2**64}: must be below 2**32" in fails(capsys, "generate", lm, "--seed", 2**64)
     assert "--tokenizer byte: the student says" in fails(capsys, "distill", lm, "--tokenizer", "byte")
     assert "is no model folder: it has no config.json" in fails(capsys, "generate", tmp_path)
