@@ -80,13 +80,14 @@ def strict(env: Environment) -> Environment:
     strong types (the dtypes are the smallest that hold both, found with :func:`jax.eval_shape`); rewards are
     float32 ``[]`` and flags bool ``[]``; parameters are cast to the dtypes of the default ones, so that a
     sweep may pass any numbers (a default that stands for a real number is written 1.0: of one written 1 no fraction
-    is a value, and where it is traced nobody sees what is cut off); ``env.observation`` is set to what the
+    is a value, and of an array that is traced nobody sees what is cut off); ``env.observation`` is set to what the
     observations really are.
 
     Raises:
         ValueError: ``reset`` and ``step`` differ in the structure or the shapes of what they return; the
             reward or a flag is not one number, or a flag a fraction; or, when stepped, the action has another shape
-            than the space; or a parameter, not traced, is a number that the default's dtype does not hold.
+            than the space; or a parameter is a number that the default's dtype does not hold (traced: a Python float
+            for an integer).
     """
     dtypes = jax.tree.map(lambda p: jnp.asarray(p).dtype, env.params)
     spec = _fixed_point(env)
@@ -200,7 +201,15 @@ def cast_params(params: PyTree, dtypes: PyTree, name: str) -> PyTree:
 
 
 def _check_held(path: Any, param: Any, dtype: Any, name: str) -> None:
-    if isinstance(param, jax.core.Tracer) or _is_key(dtype) or jnp.issubdtype(dtype, jnp.inexact):
+    if _is_key(dtype) or jnp.issubdtype(dtype, jnp.inexact):
+        return
+    if isinstance(param, jax.core.Tracer):
+        # A weak type is that of a Python number, which someone wrote there.
+        if param.weak_type and jnp.issubdtype(param.dtype, jnp.inexact):
+            raise ValueError(
+                f"{name}: params{jax.tree_util.keystr(path)} is a Python float, and {dtype} by its default: what is "
+                "behind the point would be cut off. Give 2 for 2.0, or write the default as a float, 1.0 for 1."
+            )
         return
     given = np.asarray(param)
     with np.errstate(invalid="ignore"):

@@ -157,6 +157,10 @@ def test_a_number_that_the_default_does_not_hold_is_refused_where_it_is_known():
         with pytest.raises(ValueError, match=message):
             configuration.build(fake, env, hparams={"env": params})
     assert env.step(jax.random.key(0), 0, 1, {"gain": [2.0], "limit": np.int64(5)})[1].reward == 2.0
+    with pytest.raises(
+        ValueError, match=r"params\['gain'\]\[0\] is a Python float, and int32 by its default"
+    ):
+        jax.jit(env.reset)(jax.random.key(0), {"gain": [0.5], "limit": 5})
 
 
 def test_refusals():
