@@ -16,7 +16,7 @@ def checked(algo: Algorithm, *, indices: bool = False) -> Algorithm:
     For finding where a nan comes from; several times slower, and not to be called inside ``jit``.
 
     Args:
-        algo: any algorithm.
+        algo: any algorithm but one of :func:`jrl.sweep.batch`, whose loops checkify cannot look into.
         indices: raise at an index out of bounds, too; at one that is meant to be clipped or dropped as well, as jrl's
             own kernels have them (the replay, values of successors): for parts of your own.
 
