@@ -159,7 +159,7 @@ def init(key: Key, config: Config) -> Params:
         params["positions"] = scale * jax.random.normal(position_key, (config.max_length, D))
     if not config.tied_embeddings:
         params["unembedding"] = scale * jax.random.normal(output_key, (D, config.vocab_size))
-    return _float32(params | init_heads(config))
+    return _float32(params) | init_heads(config)
 
 
 def init_heads(config: Config) -> Params:

@@ -386,8 +386,8 @@ def unscale_value(x: Array, eps: Array | float = 1e-3) -> Array:
         AssertionError: ``x`` is not floating.
     """
     checks.floating(x=x)
-    # Of the square's root, less the 1 that it has for x = 0: then no difference loses a small x, or its slope, to
-    # rounding, and none is divided by a small ε, or by none.
+    # h⁻¹ is r² − 1 with r = 1 at 0, here (r − 1) (r + 1), and r − 1 without that difference, which would lose a small x
+    # and its slope to rounding; nothing is divided by ε, which may be 0.
     above = x / (0.5 + 0.5 * jnp.sqrt(1.0 + 4.0 * eps * (jnp.abs(x) + 1.0 + eps)) + eps)
     return above * (jnp.abs(above) + 2.0)
 
