@@ -388,20 +388,22 @@ void Rescale(int64_t rows, int64_t padded, const Norm& norm, float* y) {
 
 // The gradient of normal scale + shift becomes that of z [R, columns], in place; that of scale is added to.
 template <int R>
-JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delta, float* scale_grad) {
+JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delta, float* scale_grad, float* shift_grad) {
   const int64_t padded = Padded(columns), last = padded - kLanes;
   const Whole mask = MaskOf(columns - last);
   Vec sum[R] = {}, products[R] = {}, mean[R], slope[R], reciprocal[R];
   for (int64_t c = 0; c < padded; c += kLanes) {
     const Vec scale = Load(norm.scale + c);
-    Vec total = Load(scale_grad + c);
+    Vec total = Load(scale_grad + c), shift = Load(shift_grad + c);
     for (int r = 0; r < R; ++r) {
       const Vec grad = Load(delta + r * padded + c), normal = Load(norm.normal + r * padded + c), scaled = grad * scale;
       sum[r] += scaled;
       products[r] = Fma(scaled, normal, products[r]);
       total = Fma(grad, normal, total);
+      shift += grad;
     }
     Store(scale_grad + c, total);
+    Store(shift_grad + c, shift);
   }
   for (int r = 0; r < R; ++r) {
     mean[r] = Spread(Total(sum[r]) / static_cast<float>(columns));
@@ -419,9 +421,8 @@ JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delt
 // The same of all rows; the gradient of shift is added to as well.
 void NormalizeBack(int64_t rows, int64_t columns, Norm norm, float* delta, float* scale_grad, float* shift_grad) {
   const int64_t padded = Padded(columns);
-  AddRows(rows, delta, padded, shift_grad);
   auto some = [&](auto tile, int64_t count) __attribute__((always_inline)) {
-    tile(columns, norm, delta, scale_grad);
+    tile(columns, norm, delta, scale_grad, shift_grad);
     delta += count * padded, norm.normal += count * padded, norm.reciprocal += count;
   };
   for (; rows >= 4; rows -= 4) some(NormalizeBackTile<4>, 4);

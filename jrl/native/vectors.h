@@ -86,7 +86,10 @@ JRL_INLINE void StoreMasked(float* p, Vec v, Whole mask) {
 }
 
 // The smaller and the larger; NaN in x stays.
-#if defined(__AVX__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+JRL_INLINE Vec Min(Vec bound, Vec x) { return _mm512_min_ps(bound, x); }
+JRL_INLINE Vec Max(Vec bound, Vec x) { return _mm512_max_ps(bound, x); }
+#elif defined(__AVX__)
 JRL_INLINE Vec Min(Vec bound, Vec x) { return _mm256_min_ps(bound, x); }
 JRL_INLINE Vec Max(Vec bound, Vec x) { return _mm256_max_ps(bound, x); }
 #else
@@ -94,10 +97,23 @@ JRL_INLINE Vec Min(Vec bound, Vec x) { return bound < x ? bound : x; }
 JRL_INLINE Vec Max(Vec bound, Vec x) { return bound > x ? bound : x; }
 #endif
 
+// The sum of the lanes, halves added to halves. Compilers make of the loop a walk through memory.
 JRL_INLINE float Total(Vec x) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+#else
+  const __m256 eight = x;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
+#endif
 }
 
 JRL_INLINE Vec Sqrt(Vec x) {
