@@ -198,7 +198,8 @@ inline void Narrow(int64_t rows, const float* a, int64_t size, const float* w, i
   for (; r < rows; ++r) NarrowTile<1>(a + r * size, size, w, columns, bias, y + r * columns);
 }
 
-// out [rows, columns] = act(a W + bias), no bias if null, in whole vectors; what pads the last one is 0 even where an input is infinite.
+// out [rows, columns] = act(a W + bias), no bias if null, in whole vectors; what pads the last one is 0 even where an
+// input is infinite.
 template <int A>
 __attribute__((noinline)) void Layer(int64_t rows, const float* a, int64_t lda, int64_t size, const float* weights,
                                      bool packed, int64_t columns, const float* bias, float* out) {
@@ -386,9 +387,11 @@ void Rescale(int64_t rows, int64_t padded, const Norm& norm, float* y) {
       Store(y + r * padded + c, Scaled<A>(norm, c, Load(norm.normal + r * padded + c)));
 }
 
-// The gradient of normal scale + shift becomes that of z [R, columns], in place; that of scale is added to.
+// The gradient of normal scale + shift becomes that of z [R, columns], in place; those of scale and
+// shift are added to.
 template <int R>
-JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delta, float* scale_grad, float* shift_grad) {
+JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delta, float* scale_grad,
+                                  float* shift_grad) {
   const int64_t padded = Padded(columns), last = padded - kLanes;
   const Whole mask = MaskOf(columns - last);
   Vec sum[R] = {}, products[R] = {}, mean[R], slope[R], reciprocal[R];
@@ -418,7 +421,7 @@ JRL_INLINE void NormalizeBackTile(int64_t columns, const Norm& norm, float* delt
     }
 }
 
-// The same of all rows; the gradient of shift is added to as well.
+// The same of all rows.
 void NormalizeBack(int64_t rows, int64_t columns, Norm norm, float* delta, float* scale_grad, float* shift_grad) {
   const int64_t padded = Padded(columns);
   auto some = [&](auto tile, int64_t count) __attribute__((always_inline)) {
