@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jrl.native import build
+from jrl.native import mean as native_mean
 from jrl.training import summarize
 from jrl.types import Algorithm, Array, Key, Metrics, PyTree, Shards
 
 DEVICES, LOCAL = "devices", "shards of a device"
+_programs = (
+    itertools.count()
+)  # of this process: native exchanges are told apart by numbers, from traces in any order
 
 
 def data_parallel(
@@ -29,6 +35,7 @@ def data_parallel(
     devices: Sequence[jax.Device] | None = None,
     *,
     num_shards: int | None = None,
+    kernels: str = "xla",
 ) -> Algorithm:
     """Return the algorithm with its environments split into shards, and those spread over ``devices``.
 
@@ -51,17 +58,23 @@ def data_parallel(
             :func:`jrl.ppo.make` does; its State has a ``key``.
         devices: of this process; None means all.
         num_shards: a multiple of the devices; None means one for each.
+        kernels: by what devices exchange: ``"xla"``; or ``"native"``, on a CPU, where two threads meet sooner (the
+            sum of more than two devices may differ by rounding). The algorithm's own are those of its ``Config``.
 
     Raises:
         TypeError: ``make`` takes no ``shards``.
         ValueError: ``devices`` is empty or does not divide ``num_shards``; what ``make`` refuses, such as a
-            number of environments that cannot be split.
+            number of environments that cannot be split; ``kernels`` is neither, or 'native' where there is no CPU.
+        RuntimeError: ``kernels="native"`` cannot be compiled (:func:`jrl.native.build.load`).
     """
     if "shards" not in inspect.signature(make).parameters:
         raise TypeError(
             f"data_parallel(make={make!r}): it takes no shards=..., so that its environments cannot be split "
             "over devices. jrl.ppo.make and jrl.pqn.make do; other algorithms run on one device."
         )
+    build.check(kernels)
+    if kernels == "native":
+        build.require()
     devices = jax.devices() if devices is None else list(devices)
     num_shards = len(devices) if num_shards is None else num_shards
     if not devices or num_shards < 1 or num_shards % len(devices):
@@ -76,13 +89,23 @@ def data_parallel(
     mesh = Mesh(np.array(devices), DEVICES)
     whole = make()
     names = DEVICES if num_local == 1 else (LOCAL, DEVICES)
+    sites = itertools.count(next(_programs) << 32)
 
     def mean(tree: PyTree) -> PyTree:
         # As one vector: what an exchange costs is its being one.
         vector, unravel = ravel_pytree(tree)
         return unravel(jax.lax.pmean(vector, names))
 
-    shard = make(shards=Shards(num_shards, mean))
+    def mean_by_kernel(tree: PyTree) -> PyTree:
+        leaves, structure = jax.tree.flatten(tree)
+        if any(leaf.dtype != jnp.float32 for leaf in leaves):
+            return mean(tree)
+        if num_local > 1:
+            leaves = jax.lax.pmean(leaves, LOCAL)
+        return jax.tree.unflatten(structure, native_mean.mean(leaves, DEVICES, next(sites)))
+
+    by_kernel = kernels == "native" and len(devices) > 1
+    shard = make(shards=Shards(num_shards, mean_by_kernel if by_kernel else mean))
 
     def specs(state: PyTree, hparams: PyTree) -> PyTree:
         """Return the partition of each leaf: over the axis that is shorter in a shard, if there is one."""

@@ -45,8 +45,9 @@ class Run:
 
 
 @functools.cache
-def run(case, num_devices):
-    algo = data_parallel(CASES[case], jax.devices()[:num_devices], num_shards=NUM_SHARDS)
+def run(case, num_devices, kernels="xla"):
+    devices = jax.devices()[:num_devices]
+    algo = data_parallel(CASES[case], devices, num_shards=NUM_SHARDS, kernels=kernels)
     return Run(algo, pqn.HParams() if case == "pqn" else HPARAMS)
 
 
@@ -93,6 +94,19 @@ def test_the_same_run_on_any_number_of_devices(case, num_devices):
     assert_close(several.start, one.start, rtol=0)
     assert_close((several.first, several.first_metrics), (one.first, one.first_metrics))
     assert_close((several.second.params, several.second_metrics), (one.second.params, one.second_metrics))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+@pytest.mark.parametrize(("case", "num_devices"), [("native", 2), ("continuous", 8)])
+def test_native_kernels_exchange_the_same(case, num_devices):
+    one, several = run(case, 1), run(case, num_devices, "native")
+    assert "jrl_mean" in several.compiled.as_text()
+    assert_close((several.first, several.first_metrics), (one.first, one.first_metrics))
+    assert_close((several.second.params, several.second_metrics), (one.second.params, one.second_metrics))
+    for leaf in jax.tree.leaves(several.second.params):
+        values = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(values) == num_devices
+        assert all(np.array_equal(value, values[0]) for value in values)
 
 
 def test_every_device_holds_its_own_environments_and_all_parameters():
@@ -208,6 +222,8 @@ def test_what_cannot_be_split_says_so():
         data_parallel(maker(unroll_length=4, num_minibatches=16))
     with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.pqn.make do"):
         data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
+    with pytest.raises(ValueError, match=r"kernels='fast': must be 'xla' or 'native'"):
+        data_parallel(maker(), devices, kernels="fast")
 
 
 @pytest.mark.optimized

@@ -143,7 +143,8 @@ def build(algorithm: str, work: Any) -> tuple[Any, Any, Any, int]:
         make = functools.partial(jrl.dqn.make, env, config, optimizer=adam)
         warmup = work.warmup_env_steps
     one_run_sharded = work.devices > 1 and work.seeds == 1
-    algo = parallel.data_parallel(make, jax.devices()[: work.devices]) if one_run_sharded else make()
+    devices = jax.devices()[: work.devices]
+    algo = parallel.data_parallel(make, devices, kernels=work.kernels) if one_run_sharded else make()
     warmup = -(-warmup // algo.env_steps_per_step) * algo.env_steps_per_step
     if (work.env_steps - warmup) % algo.env_steps_per_step or work.env_steps <= warmup:
         raise ValueError(

@@ -16,17 +16,6 @@ namespace {
 using Floats = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-// f(i, load, store) for each vector of n numbers; load and store have the last one's numbers only.
-template <typename F>
-JRL_INLINE void ForEach(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    f(i, [](const float* p) { return Load(p); }, [](float* p, Vec v) { Store(p, v); });
-  if (i == n) return;
-  const Whole mask = MaskOf(n - i);
-  f(i, [mask](const float* p) { return LoadMasked(p, mask); }, [mask](float* p, Vec v) { StoreMasked(p, v, mask); });
-}
-
 // Of n numbers; several sums, as one would wait for itself.
 float SumOfSquares(const float* x, int64_t n) {
   Vec sum[4] = {};

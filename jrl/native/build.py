@@ -31,6 +31,7 @@ NAMES = (
     "jrl_categorical_loss",
     "jrl_categorical_mean",
     "jrl_categorical_target",
+    "jrl_mean",
     "jrl_mlp_backward",
     "jrl_mlp_forward",
     "jrl_noise_factors",

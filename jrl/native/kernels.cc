@@ -2,5 +2,6 @@
 
 #include "adam.cc"
 #include "categorical.cc"
+#include "mean.cc"
 #include "mlp.cc"
 #include "noise.cc"

@@ -85,6 +85,17 @@ JRL_INLINE void StoreMasked(float* p, Vec v, Whole mask) {
 #endif
 }
 
+// f(i, load, store) for each vector of n numbers; load and store have the last one's numbers only.
+template <typename F>
+JRL_INLINE void ForEach(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    f(i, [](const float* p) { return Load(p); }, [](float* p, Vec v) { Store(p, v); });
+  if (i == n) return;
+  const Whole mask = MaskOf(n - i);
+  f(i, [mask](const float* p) { return LoadMasked(p, mask); }, [mask](float* p, Vec v) { StoreMasked(p, v, mask); });
+}
+
 // The smaller and the larger; NaN in x stays.
 #if defined(__AVX512F__)
 JRL_INLINE Vec Min(Vec bound, Vec x) { return _mm512_min_ps(bound, x); }
@@ -137,6 +148,15 @@ JRL_INLINE Vec Log(Vec x) {
   Vec series = Spread(2.0f / 9.0f);
   for (float factor : {2.0f / 7.0f, 2.0f / 5.0f, 2.0f / 3.0f, 2.0f}) series = Fma(series, u, Spread(factor));
   return Fma(__builtin_convertvector(exponent, Vec), Spread(0.69314718f), s * series);
+}
+
+// Leave the core's other thread a moment, in a loop that waits.
+JRL_INLINE void Pause() {
+#if defined(__SSE__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 // Memory of a thread, kept from call to call.
