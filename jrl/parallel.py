@@ -25,9 +25,7 @@ from jrl.training import summarize
 from jrl.types import Algorithm, Array, Key, Metrics, PyTree, Shards
 
 DEVICES, LOCAL = "devices", "shards of a device"
-_programs = (
-    itertools.count()
-)  # of this process: native exchanges are told apart by numbers, from traces in any order
+_programs = itertools.count()  # of this process; their exchanges by native kernels are told apart by numbers
 
 
 def data_parallel(
