@@ -177,8 +177,8 @@ def random_process(
     """One process drawn by :func:`jrl.ops.mdp.random_mdp` from ``seed``; it never terminates."""
     name = "RandomMDP-jrl"
     mdp = random_mdp(jax.random.key(seed), num_states, num_actions, 0.9, branching=branching)
-    env = from_mdp(mdp, raw=raw, name=name)
-    return env._replace(params=replace_params(env.params, params, name))
+    params = replace_params(from_mdp(mdp, name=name).params, params, name)
+    return from_mdp(params.mdp, start=params.start, max_steps=params.max_steps, raw=raw, name=name)
 
 
 for _id, _factory in {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.batched import from_batched_functions, uniform
-from jrl.envs.finite import Outcomes, Start, from_outcomes, replace_params
+from jrl.envs.finite import Outcomes, Start, check_count, from_outcomes, replace_params
 from jrl.envs.registry import register
 from jrl.types import Array, Discrete, Environment, FiniteObservation
 
@@ -78,6 +78,7 @@ def maximization_bias(*, num_actions: int = 10, params: Any = None, raw: bool = 
         return state[0] if raw else jax.nn.one_hot(state[0], 2, dtype=jnp.float32)
 
     params = replace_params(BiasParams(), params, name)
+    check_count(name, max_steps=params.max_steps)
     env = from_batched_functions(
         reset, transition, observe, params, Discrete(num_actions), name, step_words=1
     )

@@ -267,33 +267,65 @@ def from_mdp(
 def replace_params(params: Any, changes: Any, name: str) -> Any:
     """Return a record with some fields changed; what is no mapping of fields must be such a record itself.
 
+    What is a real number in ``params`` stays one, whatever is given: of an integer, as which 10 for 9.8 would come,
+    other values are cut to whole ones (:func:`jrl.envs.strict`).
+
     Raises:
         TypeError: it is neither.
-        ValueError: a field that does not exist, or an array of another shape.
+        ValueError: a field that does not exist, one that is no number, or an array of another shape.
     """
     if changes is None:
         return params
     if isinstance(changes, type(params)):
-        return changes
-    if not isinstance(changes, Mapping):
+        changed = changes
+    elif isinstance(changes, Mapping):
+        unknown = sorted(set(changes) - set(fields := _fields(params)))
+        if unknown:
+            raise ValueError(f"{name}: params has no field {unknown[0]!r}; it has {fields}.")
+        values = {
+            field: np.asarray(value) if isinstance(value, list | tuple) and _is_leaf(params, field) else value
+            for field, value in changes.items()
+        }
+        is_tuple = hasattr(params, "_replace")
+        changed = params._replace(**values) if is_tuple else dataclasses.replace(params, **values)
+    else:
         raise TypeError(
             f"{name}: params is a {type(changes).__name__}: expected a {type(params).__name__}, or a mapping of its "
-            f"fields {params._fields}."
+            f"fields {_fields(params)}."
         )
-    unknown = sorted(set(changes) - set(params._fields))
-    if unknown:
-        raise ValueError(f"{name}: params has no field {unknown[0]!r}; it has {params._fields}.")
-    changed = {}
-    for field, value in changes.items():
-        default = getattr(params, field)
-        if jax.tree_util.all_leaves([default]):  # a number or an array, no record
-            value = np.asarray(value) if isinstance(value, list | tuple) else value
-            if jnp.shape(value) != jnp.shape(default):
-                raise ValueError(
-                    f"{name}: params.{field} has shape {jnp.shape(value)}, where {jnp.shape(default)} is expected."
-                )
-        changed[field] = value
-    return params._replace(**changed)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(changed)
+    defaults = jax.tree_util.tree_leaves_with_path(params)
+    if [path for path, _ in leaves] != [path for path, _ in defaults]:
+        raise ValueError(
+            f"{name}: params have the structure {structure}, the environment's own {jax.tree.structure(params)}."
+        )
+    kept = [
+        _kept(leaf, default, f"{name}: params{jax.tree_util.keystr(path)}")
+        for (path, leaf), (_, default) in zip(leaves, defaults, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _fields(params: Any) -> tuple[str, ...]:
+    return getattr(params, "_fields", None) or tuple(
+        vars(params)
+    )  # of a NamedTuple, or a dataclass as in gymnax
+
+
+def _is_leaf(params: Any, field: str) -> bool:
+    return jax.tree_util.all_leaves([getattr(params, field)])  # a number or an array, no record
+
+
+def _kept(value: Any, default: Any, what: str) -> Any:
+    """Return a value of a parameter, a real number where the default is one."""
+    if not isinstance(value, jax.Array) and np.asarray(value).dtype.kind not in "biuf":
+        raise ValueError(f"{what} is {value!r}, which is no number.")
+    if jnp.shape(value) != jnp.shape(default):
+        raise ValueError(f"{what} has shape {jnp.shape(value)}, where {jnp.shape(default)} is expected.")
+    real, given = jnp.result_type(default), jnp.result_type(value)
+    if not jnp.issubdtype(real, jnp.floating) or jnp.issubdtype(given, jnp.inexact):
+        return value
+    return float(value) if isinstance(value, int) else jnp.asarray(value, real)
 
 
 def check_count(name: str, **values: Any) -> None:

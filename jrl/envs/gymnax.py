@@ -7,7 +7,7 @@ import functools
 import importlib
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from jrl.envs import classic_control, minatar
 from jrl.envs.build import from_functions, strict
+from jrl.envs.finite import replace_params
 from jrl.envs.observations import one_hot_observation
 from jrl.types import ActionSpace, Array, Box, Discrete, Environment, FiniteObservation, Key, PyTree, TimeStep
 
@@ -84,7 +85,7 @@ def make_registered(
     given arguments, which only gymnax's version knows.
     """
     env, default = _gymnax().make(env_id, **kwargs)
-    params = _merge(default, params, env_id)
+    params = replace_params(default, params, env_id)
     if fast and not kwargs and env_id in FAST:
         return FAST[env_id](params, _action_space(env.action_space(params), env_id), env_id)
     return adapt(env, params=params, raw=raw, name=env_id)
@@ -106,8 +107,9 @@ def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None =
         name: for messages and records; gymnax's name where None.
 
     Raises:
-        TypeError: ``env`` is one of gymnax's wrappers, or no gymnax environment.
-        ValueError: the action space has no counterpart, or ``params`` names a field that does not exist.
+        TypeError: ``env`` is one of gymnax's wrappers, or no gymnax environment; ``params`` are another's.
+        ValueError: the action space has no counterpart, or ``params`` names a field that does not exist, gives one an
+            array of another shape, or what is no number.
     """
     _gymnax()
     from gymnax.environments import environment, spaces
@@ -115,7 +117,7 @@ def adapt(env: Any, *, params: Any = None, raw: bool = False, name: str | None =
     if not isinstance(env, environment.Environment):
         raise TypeError(_refusal(env))
     name = name or env.name
-    params = _merge(env.default_params, params, name)
+    params = replace_params(env.default_params, params, name)
     action = _action_space(env.action_space(params), name)
 
     def reset(key: Key, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -271,19 +273,6 @@ def _reverse_adapter() -> type:
             return spaces.Box(-jnp.inf, jnp.inf, seen.shape, seen.dtype)
 
     return FromJrl
-
-
-def _merge(default: Any, params: Any, name: str) -> Any:
-    if params is None:
-        return default
-    if not isinstance(params, Mapping):
-        return params
-    unknown = sorted(set(params) - set(vars(default)))
-    if unknown:
-        raise ValueError(
-            f"{name}: params has no field {unknown[0]!r}; its fields are {sorted(vars(default))}."
-        )
-    return default.replace(**params)
 
 
 def _refusal(env: Any) -> str:

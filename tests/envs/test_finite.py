@@ -161,7 +161,11 @@ def test_parameters_of_another_shape_or_range_are_refused():
         "ProbeMemory-jrl": [({"delay": -1}, "ProbeMemory-jrl: delay=-1: must be at least 1")],
         "ProbeTruncation-jrl": [({"max_steps": 0}, "max_steps=0: must be at least 1")],
         "Navigation2D-jrl": [({"max_steps": 0}, "max_steps=0: must be at least 1")],
-        "RandomMDP-jrl": [({"start": np.ones(3)}, r"params.start has shape \(3,\)")],
+        "RandomMDP-jrl": [({"start": np.ones(3)}, r"params.start has shape \(3,\)"),
+                          ({"start": np.zeros(50)}, r"start has shape \(50,\) and sum 0"),
+                          ({"mdp": mdp.random_mdp(jax.random.key(0), 3, 2, 0.9)}, r"params.mdp.P has shape \(3, "),
+                          ({"max_steps": 0}, "max_steps=0: must be at least 1")],
+        "MaximizationBias-jrl": [({"max_steps": 0}, "MaximizationBias-jrl: max_steps=0: must be at least 1")],
     }  # fmt: skip
     for name, cases in refused.items():
         for params, message in cases:
@@ -169,10 +173,29 @@ def test_parameters_of_another_shape_or_range_are_refused():
                 jrl.make(name, params=params)
     with pytest.raises(TypeError, match="CliffWalking-jrl: params is a int: expected a CliffParams"):
         jrl.make("CliffWalking-jrl", params=5)
+    with pytest.raises(ValueError, match=r"params.cells has shape \(9,\), where \(16,\)"):
+        jrl.make("GridWorld-jrl", params=jrl.envs.grid_world.GridParams(np.zeros(9, int)))
     given = jrl.make("GridWorld-jrl", params={"cells": [0] * 15 + [1]})
     assert to_mdp(given, 0.9).mdp.R.max() == 1.0
     with pytest.raises(ValueError, match=r"P.* has entries down to nan"):
         from_mdp(mdp.TabularMDP(np.full((2, 1, 2), np.nan), np.zeros((2, 1)), 0.9))
+
+
+@pytest.mark.parametrize("whole", [0, np.int32(0), "record"])
+def test_a_whole_number_given_for_a_real_one_stays_real(whole):
+    """Or a sweep over that parameter would compute with what is left of -0.5 as an integer: 0."""
+    default = jrl.make("GridWorld-jrl").params
+    params = default._replace(step_reward=0) if whole == "record" else {"step_reward": whole}
+    env = jrl.make("GridWorld-jrl", params=params)
+    assert jnp.result_type(env.params.step_reward) == jnp.float32
+
+    def first_reward(step_reward):
+        params = env.params._replace(step_reward=step_reward)
+        env_state, _ = env.reset(jax.random.key(0), params)
+        return env.step(jax.random.key(1), env_state, 1, params)[1].reward
+
+    np.testing.assert_array_equal(jax.jit(jax.vmap(first_reward))(jnp.array([-0.5, 0.25])), [-0.5, 0.25])
+    assert jrl.make("GridWorld-jrl", params={"max_steps": 7}).params.max_steps == 7
 
 
 def test_walls_slips_and_random_starts():

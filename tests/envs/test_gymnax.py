@@ -179,6 +179,17 @@ def test_factory_arguments_and_parameters():
     assert env.params.fail_prob == 0.0
     with pytest.raises(ValueError, match=r"CartPole-v1: params has no field 'gravitas'.*gravity"):
         jrl.make("CartPole-v1", params={"gravitas": 1.0})
+    for gravity, message in (
+        ("much", "is 'much', which is no number"),
+        ([9.8, 10], r"has shape \(2,\), where \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"CartPole-v1: params.gravity {message}"):
+            jrl.make("CartPole-v1", params={"gravity": gravity})
+    for params in (9, jrl.make("Pendulum-v1").params):
+        with pytest.raises(TypeError, match=r"CartPole-v1: params is a .*expected a EnvParams, .*'gravity'"):
+            jrl.make("CartPole-v1", params=params)
+    torque = jrl.make("Acrobot-v1", params={"available_torque": [-2, 0, 2]}).params.available_torque
+    np.testing.assert_array_equal(torque, np.float32([-2, 0, 2]))
 
 
 def test_parameters_of_any_number_type_keep_the_types():
