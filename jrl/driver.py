@@ -178,7 +178,11 @@ def start_run(
         **record,
         "env_steps_per_step": setup.algo.env_steps_per_step,
         "chunk_length": chunk_length(record["env_steps"], setup.algo.env_steps_per_step),
-        "loggers": [logger.spec() for logger in loggers if hasattr(logger, "spec")],
+        "loggers": [
+            logger.spec(folder)
+            for logger in loggers
+            if isinstance(logger, loggers_.TensorBoardLogger | loggers_.WandbLogger)
+        ],
         "versions": doctor.versions(),
         "device": doctor.device(),
     }
@@ -381,8 +385,8 @@ def _train(
     _warn_of_zero_step_size(setup, record["env_steps"])
     show = progress.choose(progress_kind)
     for logger in loggers:
-        if isinstance(logger, loggers_.WandbLogger) and logger.run_id is None:
-            logger.config, logger.run_id = dict(record), record["id"]
+        if isinstance(logger, loggers_.WandbLogger):
+            logger.record = record
     sinks = list(loggers)
     if folder is not None:
         checkpoint_folder = folder / records.CHECKPOINTS

@@ -87,9 +87,9 @@ class TensorBoardLogger:
             self._writer.close()
             self._writer = None
 
-    def spec(self) -> dict[str, Any]:
-        """Return what :func:`build` needs to make it again."""
-        return {"kind": "tensorboard"}
+    def spec(self, run_folder: Path | None = None) -> dict[str, Any]:
+        """Return what :func:`build` needs to make it again for the run in ``run_folder``."""
+        return {"kind": "tensorboard", **_elsewhere(self._folder, run_folder, "tensorboard")}
 
 
 class WandbLogger:
@@ -99,8 +99,8 @@ class WandbLogger:
         folder: where wandb keeps its files (in a sub-folder ``wandb``).
         project: project name.
         mode: ``"online"``, or ``"offline"`` to write files only (``wandb sync`` sends them later).
-        config: the run's configuration, shown beside its curves.
-        run_id: the same id continues the same run.
+        config: shown beside the curves; :func:`jrl.run` adds the configuration of the run.
+        run_id: the same id continues the same run; :func:`jrl.run` takes the id in ``run.json`` where there is none.
 
     Raises:
         ImportError: the extra is not installed.
@@ -121,6 +121,7 @@ class WandbLogger:
         _require("wandb", "wandb")
         self._folder, self._project, self._mode = Path(folder), project, mode
         self.config, self.run_id = dict(config or {}), run_id
+        self.record: Mapping[str, Any] = {}  # ``run.json`` of the run it is given to
         self._run: Any = None
 
     def write(self, env_steps: int, metrics: Mapping[str, float | None]) -> None:
@@ -129,14 +130,15 @@ class WandbLogger:
             import wandb
 
             self._folder.mkdir(parents=True, exist_ok=True)
+            run_id = self.run_id or self.record.get("id")
             self._run = wandb.init(
                 project=self._project,
                 name=self._folder.name,
                 dir=str(self._folder),
                 mode=cast(Any, self._mode),  # one of its literals
-                config=self.config,
-                id=self.run_id,
-                resume="allow" if self.run_id and self._mode == "online" else None,
+                config={**self.record, **self.config},
+                id=run_id,
+                resume="allow" if run_id and self._mode == "online" else None,
             )
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=env_steps)
 
@@ -146,9 +148,11 @@ class WandbLogger:
             self._run.finish()
             self._run = None
 
-    def spec(self) -> dict[str, Any]:
-        """Return what :func:`build` needs to make it again."""
-        return {"kind": "wandb", "project": self._project, "mode": self._mode}
+    def spec(self, run_folder: Path | None = None) -> dict[str, Any]:
+        """Return what :func:`build` needs to make it again for the run in ``run_folder``; the ``config`` W&B keeps."""
+        named = {"run_id": self.run_id} if self.run_id else {}
+        where = _elsewhere(self._folder, run_folder, ".")
+        return {"kind": "wandb", "project": self._project, "mode": self._mode, **named, **where}
 
 
 def build(spec: Mapping[str, Any], folder: Path) -> Logger:
@@ -158,12 +162,18 @@ def build(spec: Mapping[str, Any], folder: Path) -> Logger:
         ValueError: an unknown kind.
         ImportError: its extra is not installed.
     """
-    options = {name: value for name, value in spec.items() if name != "kind"}
+    options = {name: value for name, value in spec.items() if name not in ("kind", "folder")}
     if spec.get("kind") == "tensorboard":
-        return TensorBoardLogger(folder / "tensorboard")
+        return TensorBoardLogger(folder / spec.get("folder", "tensorboard"))
     if spec.get("kind") == "wandb":
-        return WandbLogger(folder, **options)
+        return WandbLogger(folder / spec.get("folder", "."), **options)
     raise ValueError(f"unknown kind of logger {spec.get('kind')!r}; jrl has tensorboard and wandb.")
+
+
+def _elsewhere(folder: str | Path, run_folder: Path | None, usual: str) -> dict[str, str]:
+    """Return the way from the run folder to where a logger writes, unless it is the usual one."""
+    way = usual if run_folder is None else os.path.relpath(folder, run_folder)
+    return {} if way == usual else {"folder": way}
 
 
 def _require(module: str, extra: str) -> None:

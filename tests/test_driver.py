@@ -6,8 +6,10 @@ import math
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
+from unittest import mock
 
 import fake_algorithm as fake
 import jax
@@ -29,6 +31,7 @@ from jrl import (
     sweep_plots,
     tables,
 )
+from jrl.loggers import TensorBoardLogger, WandbLogger
 from jrl.records import CheckpointError, NonFiniteError, RunError, RunWarning
 
 ENV = fake.environment()
@@ -186,6 +189,45 @@ def test_loggers_are_given_every_chunk_and_closed(tmp_path):
     with pytest.raises(NonFiniteError):
         run(loggers=[logger], hparams={"nan_at": 3})
     assert logger.closed == 2
+
+
+def test_a_resumed_run_writes_where_its_loggers_wrote(tmp_path, monkeypatch):
+    """Also outside of the run folder, and into the W&B run of the id that was given."""
+    tensorboard, wandb, opened = type(sys)("tensorboardX"), type(sys)("wandb"), []
+    tensorboard.SummaryWriter = lambda folder, **_: (
+        opened.append(os.path.normpath(folder)) or mock.MagicMock()
+    )
+    wandb.init = lambda dir, id, config, **_: (
+        opened.append((os.path.normpath(dir), id, config)) or mock.MagicMock()
+    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    out = tmp_path / "runs" / "a"
+    mine = WandbLogger(tmp_path / "wb", config={"note": 1}, run_id="mine")
+    run(
+        out,
+        loggers=[
+            TensorBoardLogger(tmp_path / "tb"),
+            mine,
+            TensorBoardLogger(out / "tensorboard"),
+            WandbLogger(out),
+        ],
+    )
+    own = json.loads((out / "run.json").read_text())["id"]
+    assert opened[1][2].items() >= {"note": 1, "seed": 0}.items()
+    resume(out, 1608)
+    places = [place[:2] if isinstance(place, tuple) else place for place in opened]
+    assert places[:4] == [
+        str(tmp_path / "tb"),
+        (str(tmp_path / "wb"), "mine"),
+        str(out / "tensorboard"),
+        (str(out), own),
+    ]
+    assert places[4:] == places[:4]
+    again = WandbLogger(tmp_path / "wb")
+    for name in "bc":
+        run(tmp_path / name, loggers=[again])  # one logger for two runs: each is a run of W&B's too
+    assert opened[-1][1] != opened[-2][1]
 
 
 # ------------------------------------------------------------------------------------------------ NaN

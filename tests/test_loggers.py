@@ -129,6 +129,6 @@ def test_a_resumed_run_builds_its_loggers_again(tmp_path, stub_wandb):
     ):
         again = loggers.build(json.loads(json.dumps(logger.spec())), tmp_path)
         assert type(again) is type(logger)
-        assert again.spec() == logger.spec()
+        assert again.spec(tmp_path) == logger.spec(tmp_path) == logger.spec()
     with pytest.raises(ValueError, match="unknown kind of logger 'paper'"):
         loggers.build({"kind": "paper"}, tmp_path)
