@@ -163,7 +163,8 @@ def to_gymnax(env: Environment) -> Any:
 
     Its ``reset`` and ``step`` are jrl's: for equal keys they give the same. The state is a record of jrl's
     state (``env_state``), ``time`` and the last ``truncated``; the parameters one of jrl's (``env``) and
-    ``max_steps_in_episode``, which where jrl's have that field, or ``max_steps``, takes its place. ``step_env`` is
+    ``max_steps_in_episode``, which where jrl's have that field, or ``max_steps``, takes its place (of wrappers the
+    outermost that has one; where none has, no episode is cut). ``step_env`` is
     there for tools that reset by themselves; as jrl's environments reset within the step, the state it
     returns after an episode's end is already that of the next.
 
@@ -200,16 +201,27 @@ def _reverse_adapter() -> type:
     class Params(environment.EnvParams):
         env: Any = ()
 
+    def limit_of(params: Any) -> Any:
+        name = limit_name(params)
+        if name is not None:
+            return getattr(params, name)
+        return (
+            limit_of(params.env) if hasattr(params, "env") else None
+        )  # a wrapper's record has the inner one
+
     def limit_name(params: Any) -> str | None:
         return next((name for name in ("max_steps_in_episode", "max_steps") if hasattr(params, name)), None)
 
+    def limited(params: Any, limit: Any) -> PyTree:
+        if limit_of(params) is None:
+            return params
+        name = limit_name(params)
+        change = {"env": limited(params.env, limit)} if name is None else {name: limit}
+        named_tuple = hasattr(params, "_replace")
+        return params._replace(**change) if named_tuple else dataclasses.replace(params, **change)
+
     def env_params(params: Any) -> PyTree:
-        name = limit_name(params.env)
-        if name is None:
-            return params.env
-        limit = {name: params.max_steps_in_episode}
-        named_tuple = hasattr(params.env, "_replace")
-        return params.env._replace(**limit) if named_tuple else dataclasses.replace(params.env, **limit)
+        return limited(params.env, params.max_steps_in_episode)
 
     class FromJrl(environment.Environment):
         """A jrl Environment as gymnax has them."""
@@ -223,9 +235,9 @@ def _reverse_adapter() -> type:
 
         @property
         def default_params(self) -> Any:
-            name = limit_name(self.env.params)
-            limit = np.iinfo(np.int32).max if name is None else getattr(self.env.params, name)
-            return Params(max_steps_in_episode=limit, env=self.env.params)
+            limit = limit_of(self.env.params)
+            no_limit = np.iinfo(np.int32).max
+            return Params(max_steps_in_episode=no_limit if limit is None else limit, env=self.env.params)
 
         @property
         def num_actions(self) -> int:

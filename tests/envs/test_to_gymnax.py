@@ -99,6 +99,20 @@ def test_the_limit_of_parameters_that_have_this_very_field():
     assert ends == [(False, False), (False, False), (False, True)] * 2
 
 
+def test_the_limit_of_what_is_wrapped():
+    cart_pole = jrl.make("CartPole-v1")
+    for wrapped, limit in ((cart_pole, 500), (jrl.envs.time_limit(cart_pole, 7), 7)):
+        env = to_gymnax(jrl.envs.scale_reward(jrl.envs.sticky_actions(wrapped, 0.0), 2.0))
+        params = env.default_params
+        assert params.max_steps_in_episode == limit
+        _, state = env.reset(jax.random.key(0), params)
+        for expected in (False, True, False):
+            _, state, _, _, truncated, _ = env.step(
+                jax.random.key(1), state, 0, params.replace(max_steps_in_episode=2)
+            )
+            assert truncated == expected
+
+
 def test_there_and_back_again():
     ours = jrl.make("GridWorld-jrl", slip=0.3)
     back = jrl.make(to_gymnax(ours))
