@@ -33,7 +33,11 @@ class CartPoleState(NamedTuple):
 
 
 def cart_pole(params: Any, action: ActionSpace, name: str) -> Environment:
-    """A pole on a cart pushed left (0) or right (1); one Euler step of ``tau`` seconds (Barto et al. 1983)."""
+    """A pole on a cart pushed left (0) or right (1); one Euler step of ``tau`` seconds (Barto et al. 1983).
+
+    As in gymnax ``total_mass`` and ``polemass_length`` are parameters of their own, which ``masscart``, ``masspole``
+    and ``length`` do not change: ``masscart`` has no effect.
+    """
 
     def reset(words: Array, params: Any) -> CartPoleState:
         x, x_dot, theta, theta_dot = uniform(words, -0.05, 0.05)
