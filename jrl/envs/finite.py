@@ -307,9 +307,8 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
 
 
 def _fields(params: Any) -> tuple[str, ...]:
-    return getattr(params, "_fields", None) or tuple(
-        vars(params)
-    )  # of a NamedTuple, or a dataclass as in gymnax
+    """Of a NamedTuple, or of a dataclass as gymnax has them."""
+    return getattr(params, "_fields", None) or tuple(vars(params))
 
 
 def _is_leaf(params: Any, field: str) -> bool:

@@ -205,9 +205,8 @@ def _reverse_adapter() -> type:
         name = limit_name(params)
         if name is not None:
             return getattr(params, name)
-        return (
-            limit_of(params.env) if hasattr(params, "env") else None
-        )  # a wrapper's record has the inner one
+        # A wrapper's record has the inner one.
+        return limit_of(params.env) if hasattr(params, "env") else None
 
     def limit_name(params: Any) -> str | None:
         return next((name for name in ("max_steps_in_episode", "max_steps") if hasattr(params, name)), None)
