@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jrl import driver, inspection, normalize, ops, plots, records
+from jrl.envs.grid_world import FREE
 from jrl.types import Array
 
 
@@ -53,16 +54,19 @@ def inspect(
     files = [Path(path) / "episode.png"]
     episode_figure(jax.device_get(follow(jax.random.key(seed), policy)), out=files[0])
     if loaded.env.name == "GridWorld-jrl":
-        given = records.read_run(path)["environment"]["kwargs"]
-        rows, columns = given.get("rows", 4), given.get("columns", 4)
+        kwargs = records.read_run(path)["environment"]["kwargs"]
+        rows, columns = kwargs.get("rows", 4), kwargs.get("columns", 4)
         num_cells = rows * columns
-        cells = jnp.arange(num_cells) if given.get("raw") else jnp.eye(num_cells)
+        cells = jnp.arange(num_cells) if kwargs.get("raw") else jnp.eye(num_cells)
         action, _, extras = policy(jax.random.key(seed), cells, policy.init_memory((num_cells,)))
         value = extras["value"] if "value" in extras else extras["q"].max(-1)
+        given = getattr(loaded.hparams, "env", None)
+        # Nobody acts in a wall, a goal or a trap: what is learned elsewhere says nothing of it.
+        free = np.asarray((loaded.env.params if given is None else given).cells) == FREE
         files.append(Path(path) / "grid.png")
         grid_figure(
-            np.asarray(in_rewards(value)).reshape(rows, columns),
-            inspection.ARROWS[np.asarray(action)].reshape(rows, columns, 2),
+            np.where(free, np.asarray(in_rewards(value)), np.nan).reshape(rows, columns),
+            np.where(free[:, None], inspection.ARROWS[np.asarray(action)], np.nan).reshape(rows, columns, 2),
             out=files[1],
         )
     return files
@@ -94,10 +98,11 @@ def episode_figure(episode: Any, *, out: str | os.PathLike | None = None) -> Fig
 
 
 def grid_figure(value: np.ndarray, arrows: np.ndarray, *, out: str | os.PathLike | None = None) -> Figure:
-    """Plot ``value [rows, columns]`` as a heat map under the policy's ``arrows [rows, columns, 2]``."""
+    """Plot ``value [rows, columns]`` as a heat map under the policy's ``arrows [rows, columns, 2]``; NaN is grey."""
     rows, columns = value.shape
     figure = plots.new_figure(1.5 + 0.6 * columns, 1.0 + 0.6 * rows)
     axes = figure.subplots()
+    axes.set_facecolor("0.85")
     image = axes.imshow(value, cmap="cividis")
     x, y = np.meshgrid(np.arange(columns), np.arange(rows))
     axes.quiver(
@@ -105,6 +110,8 @@ def grid_figure(value: np.ndarray, arrows: np.ndarray, *, out: str | os.PathLike
     )
     axes.set_xticks([])
     axes.set_yticks([])
+    if np.isnan(value).any():
+        axes.set_xlabel("grey: walls, goals, traps", fontsize=9)
     figure.colorbar(image, ax=axes, label="value")
     plots.save(figure, out)
     return figure

@@ -158,11 +158,11 @@ def test_the_command_draws_an_episode_and_a_grid(tmp_path, capsys):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_command_draws_the_grid_that_the_run_was_on(tmp_path, monkeypatch, raw):
-    kwargs = {"rows": 2, "columns": 3, "goals": [5], "traps": [], "raw": raw}
+    kwargs = {"rows": 2, "columns": 3, "goals": [5], "traps": [2], "walls": [1], "raw": raw}
     out = tmp_path / "run"
     common = {"out": out, "eval_episodes": 0, "progress": "none"}
     result = jrl.run("tabular", "GridWorld-jrl", env_kwargs=kwargs, env_steps=4_000, **common)
-    drawn = []
+    drawn, draw = [], inspection_plots.grid_figure
     monkeypatch.setattr(
         inspection_plots, "grid_figure", lambda value, arrows, out: drawn.append((value, arrows))
     )
@@ -170,5 +170,11 @@ def test_the_command_draws_the_grid_that_the_run_was_on(tmp_path, monkeypatch, r
     ((value, arrows),) = drawn
     table = np.asarray(result.state.params)
     assert np.ptp(table.max(-1)) > 0
-    np.testing.assert_array_equal(value, table.max(-1).reshape(2, 3))
-    np.testing.assert_array_equal(arrows, inspection.ARROWS[table.argmax(-1)].reshape(2, 3, 2))
+    # In the wall, the trap and the goal nobody acts.
+    nobody = np.reshape([False, True, True, False, False, True], (2, 3))
+    np.testing.assert_array_equal(value, np.where(nobody, np.nan, table.max(-1).reshape(2, 3)))
+    shown = inspection.ARROWS[table.argmax(-1)].reshape(2, 3, 2)
+    np.testing.assert_array_equal(arrows, np.where(nobody[..., None], np.nan, shown))
+    (axes, _) = draw(value, arrows).axes
+    assert axes.get_xlabel() == "grey: walls, goals, traps"
+    assert axes.images[0].get_clim() == (np.nanmin(value), np.nanmax(value))
