@@ -20,7 +20,7 @@ from jrl.records import RunError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _WITH_BANDS = 3  # curves up to which each has its own min-max band
-SINGLE = 7  # curves up to which each run is drawn for itself, and the legend fits inside
+SINGLE = 7  # curves up to which each run is drawn for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def learning_curve(
         drawn = _group(drawn)
 
     many = len(drawn) > SINGLE
-    figure = new_figure(10.0 if many else 7.5, 4.5)
+    figure = new_figure(10.0 if many else 9.0, 4.5)
     axes = figure.add_subplot()
     for index, curve in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
@@ -104,7 +104,7 @@ def learning_curve(
     plain(axes)
     names = dict.fromkeys(curve.env for curve in drawn)
     axes.set_title(title if title is not None else ", ".join(names), loc="left", fontsize=11)
-    _legend(axes, drawn, outside=many)
+    _legend(axes, drawn)
     save(figure, out)
     return figure
 
@@ -186,15 +186,13 @@ def _group(curves: list[Curve]) -> list[Curve]:
     return merged
 
 
-def _legend(axes: Any, curves: list[Curve], *, outside: bool) -> None:
+def _legend(axes: Any, curves: list[Curve]) -> None:
+    """Place the legend beside the axes: bands may fill them, and it would cover the mark of an evaluation."""
     handles, labels = axes.get_legend_handles_labels()
     if any(curve.evaluation is not None for curve in curves):
         mark = Line2D([], [], color="0.4", marker="D", ls="", markeredgecolor="white", ms=8)
         handles, labels = [*handles, mark], [*labels, "final evaluation"]
-    if outside:
-        axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    else:
-        axes.legend(handles, labels, loc="best", fontsize=9, framealpha=0.85, edgecolor="none")
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
 
 
 def short(value: float) -> str:

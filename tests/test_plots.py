@@ -62,6 +62,19 @@ def test_one_run_has_a_line_a_band_and_its_evaluation(tmp_path):
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
+@pytest.mark.parametrize("evaluation", [440.0, 455.0, 470.0])
+def test_the_legend_covers_no_evaluation(tmp_path, evaluation):
+    run = make_run(tmp_path / "run", evaluation=evaluation)
+    rows = [{"env_steps": 1_000 * (i + 1), "episode_return": 500.0 - 15.0 * i} for i in range(30)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axes = plots.learning_curve(run).axes[0]
+    axes.figure.canvas.draw()
+    (mark,) = [line for line in axes.get_lines() if line.get_marker() == "D"]
+    at = axes.transData.transform(mark.get_xydata()[0])
+    half = mark.get_markersize() / 2 * axes.figure.dpi / 72
+    assert not axes.get_legend().get_window_extent().padded(half).contains(*at)
+
+
 def test_several_runs_differ_in_colour_and_many_also_in_style(tmp_path):
     runs = [make_run(tmp_path / f"run-{i}", i, f"algorithm-{i}", evaluation=None) for i in range(10)]
     three = plots.learning_curve(runs[:3]).axes[0]

@@ -66,8 +66,9 @@ def learning_curves(
     parts = [part for _, part in groups]
     labels = [_wrapped(setting(values)) if values else _members(table) for values, _ in groups]
     many = len(groups) > SINGLE
-    outside = 4 < len(groups) <= SINGLE or any("\n" in label for label in labels)
-    figure = new_figure(9.0 if many or outside else 7.5, 4.5)
+    # Within the axes it would cover the marks of final evaluations, which only few groups have.
+    outside = not many or any("\n" in label for label in labels)
+    figure = new_figure(9.0, 4.5)
     axes = figure.add_subplot()
     if many:
         _many_curves(figure, axes, groups, labels)
