@@ -163,6 +163,18 @@ def test_operations_add_up_in_the_bound(same_rate):
     assert found["limited_by"] == "products"
 
 
+@pytest.mark.parametrize(("microseconds", "limited_by"), [(12.0, "products"), (21.0, "bytes")])
+def test_the_bound_is_of_bytes_where_they_take_longer_than_all_operations(
+    same_rate, microseconds, limited_by
+):
+    # 2^16 bytes are read and written in a microsecond; ten products and ten times 2^19 tanh take twenty.
+    moved = microseconds * 2.0**17
+    work = Work({(1, 2, 2, 2): 160.0}, transcendentals=10 * 2.0**19, bytes=moved, array_bytes=2.0**16)
+    found = calibrate.roofline(work, seconds=1e-3)
+    assert found["bound_seconds"] == pytest.approx(max(20.0, microseconds) * 1e-6, rel=1e-3)
+    assert found["limited_by"] == limited_by
+
+
 def test_repeats_are_as_long_as_asked_and_in_turn():
     calls = []
 

@@ -30,7 +30,7 @@ def roofline(work: Work, seconds: float) -> dict[str, Any]:
 
     Returns:
         ``work``, ``rates`` per second, the ``seconds`` of each part, ``bound_seconds``, what it is
-        ``limited_by``, the share ``reached`` (bound over measured), and ``reached_of_large_product``, the
+        ``limited_by`` (bytes, or the operations that take most of it), the share ``reached`` (bound over measured), and ``reached_of_large_product``, the
         same with the rate of a large matrix product in place of the network's own shapes.
     """
     product, size = product_rate(work), _size()
@@ -51,6 +51,7 @@ def roofline(work: Work, seconds: float) -> dict[str, Any]:
         "bytes": work.bytes / rates["bytes"],
     }
     operations = sum(parts.values()) - parts["bytes"]
+    largest = max((name for name in parts if name != "bytes"), key=lambda name: parts[name])
     ideal = operations - parts["products"] + work.flops / rates["large_product"]
     bound = max(operations, parts["bytes"])
     return {
@@ -65,7 +66,7 @@ def roofline(work: Work, seconds: float) -> dict[str, Any]:
         "rates": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
         "seconds": {name: float(f"{part:.4g}") for name, part in parts.items()},
         "bound_seconds": float(f"{bound:.4g}"),
-        "limited_by": max(parts, key=lambda name: parts[name]),
+        "limited_by": "bytes" if parts["bytes"] > operations else largest,
         "reached": round(bound / seconds, 4),
         "reached_of_large_product": round(max(ideal, parts["bytes"]) / seconds, 4),
     }
