@@ -361,9 +361,10 @@ def number(value: float | str) -> str:
     """Write a number in three digits, more if it is large: 12345, 482, 12.3, 0.0003, 3e-07, 3.59 M; a text as it is."""
     if isinstance(value, str):
         return value
-    if 1e6 <= abs(value) < 1e9:
+    if 1e6 <= abs(value) < 999.5e6:
         return f"{value / 1e6:.3g} M"
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    # 999.7 in three digits would be 1e+03.
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 _RULE = "A table is what a sweep writes: restore the file, or run the sweep again."

@@ -370,6 +370,14 @@ def test_numbers_are_written_for_people():
     ]
     assert [report.size(x) for x in (100, 2**10, 3 * 2**29)] == ["100 B", "1 KiB", "1.5 GiB"]
     assert [report.seconds(x) for x in (2.5, 0.01, 3e-6)] == ["2.5 s", "10 ms", "3 µs"]
+    # What three digits do not tell from the next power of ten.
+    assert [report.short(x) for x in (999.7, 999_700, 998_400)] == ["1000 ", "1000 k", "998 k"]
+    assert [report.size(x) for x in (1000, 1010 * 2**10, 1023.6 * 2**20)] == [
+        "1000 B",
+        "1010 KiB",
+        "1024 MiB",
+    ]
+    assert [report.seconds(x) for x in (0.9997, 120, 4321.0)] == ["1000 ms", "120 s", "4321 s"]
 
 
 # ------------------------------------------------------------------------------------- the script for a GPU

@@ -331,3 +331,9 @@ def test_a_folder_that_is_neither_is_named(tmp_path):
     run = make_run(tmp_path / "run", evaluation=None)
     with pytest.raises(RunError, match=r"is a run without summary\.json.* Continue it with `jrl resume"):
         tables.read(run)
+
+
+def test_numbers_are_written_in_three_digits_and_large_ones_in_all():
+    written = {482.4: "482", 999.4: "999", 999.7: "1000", -999.7: "-1000", 12_345.0: "12345", 3e-7: "3e-07"}
+    written |= {3.59e6: "3.59 M", 999.4e6: "999 M", 999.7e6: "1e+09", "relu": "relu"}
+    assert {value: tables.number(value) for value in written} == written

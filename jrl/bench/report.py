@@ -93,25 +93,30 @@ def short(value: float) -> str:
     """Write 2513000 as 2.51 M."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g} " if value % 1 else f"{value:.0f}"
+            return f"{_digits(value / unit)}{name}"
+    return f"{_digits(value)} " if value % 1 else f"{value:.0f}"
+
+
+def _digits(value: float) -> str:
+    """Write three digits, and of more what is before the point: 1010, not 1.01e+03."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def size(count: float) -> str:
     """Write bytes in binary units."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.3g} {unit}"
+            return f"{_digits(count)} {unit}"
         count /= 1024
-    return f"{count:.3g} GiB"
+    return f"{_digits(count)} GiB"
 
 
 def seconds(value: float) -> str:
     """Write seconds in the unit that suits them."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value / 1e-6:.3g} µs"
+            return f"{_digits(value / unit)} {name}"
+    return f"{_digits(value / 1e-6)} µs"
 
 
 def can_plot(kinds: Sequence[str]) -> bool:
