@@ -30,8 +30,9 @@ def roofline(work: Work, seconds: float) -> dict[str, Any]:
 
     Returns:
         ``work``, ``rates`` per second, the ``seconds`` of each part, ``bound_seconds``, what it is
-        ``limited_by`` (bytes, or the operations that take most of it), the share ``reached`` (bound over measured), and ``reached_of_large_product``, the
-        same with the rate of a large matrix product in place of the network's own shapes.
+        ``limited_by`` (bytes, or the operations that take most of it), the share ``reached`` (bound over
+        measured), and ``reached_of_large_product``, the same with the rate of a large matrix product in
+        place of the network's own shapes.
     """
     product, size = product_rate(work), _size()
     rates = {
