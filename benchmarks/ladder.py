@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from ladder_poems import level9
 
 import jrl
 from jrl import networks, stages
+from jrl.bench.recording import commit
 from jrl.language import dpo, exact, imitation, metrics, models, offline, tasks, token_q
 from jrl.language import policy_gradient as pg
 from jrl.language.preferences import Pairs
@@ -481,9 +481,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
         "jrl": jrl.__version__,
         "device": str(jax.devices()[0]),
         "cores": os.cpu_count(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(Path(__file__).parent),
         "records": records,
     }
 

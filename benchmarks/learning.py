@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import numpy as np
 
 import jrl
 from jrl import statistics
+from jrl.bench import recording
 from jrl.statistics import fractional_interquartile_mean as interquartile_mean
 
 RESULTS = Path(__file__).parent / "results"
@@ -243,8 +243,7 @@ def measure(
     ``kernels`` is a field of the algorithm's config, None where it has none: what computes, and no part of the row.
     """
     # Before the training, in which the clone may move on.
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    commit = head.stdout.strip()
+    commit = recording.commit(Path(__file__).parent)
     module = getattr(jrl, row.algorithm)
     env = jrl.make(row.env)
     choice = {} if kernels is None else {"kernels": kernels}

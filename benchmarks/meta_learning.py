@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from matplotlib.figure import Figure
 
 import jrl
 from jrl import maml, meta, stages
+from jrl.bench.recording import commit
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"maml": 1, "pretrained": 0}  # inner steps in training
@@ -234,9 +234,7 @@ def main() -> None:
                 "jax": jax.__version__,
                 "jrl": jrl.__version__,
                 "device": str(jax.devices()[0]),
-                "commit": subprocess.run(
-                    ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-                ).stdout.strip(),
+                "commit": commit(Path(__file__).parent),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")

@@ -434,12 +434,14 @@ def test_learning_writes_a_curve_for_each_seed(at_once, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(learning.ROWS, "toy", row)
     monkeypatch.setattr(learning, "CURVE_POINTS", 2)
+    monkeypatch.chdir(tmp_path)  # which is in no clone
     flags = ["--seeds", "2", "--out", str(tmp_path), *(["--at-once"] if at_once else [])]
     monkeypatch.setattr(sys, "argv", ["learning.py", "toy", *flags])
     learning.main()
     record = json.loads((tmp_path / "learning-toy.json").read_text())
     assert record["seeds"] == len(record["records"]) == 2
     assert record["at_once"] == at_once
+    assert record["commit"] == throughput.commit(FOLDER)
     curves = [one["curve"] for one in record["records"]]
     assert [curve[-1][0] for curve in curves] == [512, 512]
     assert curves[0] != curves[1]
