@@ -32,7 +32,6 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,7 +115,7 @@ def measure_speed(jobs: Mapping[str, Job], pairs: int, limit: float) -> dict[str
         **{
             side: {
                 "env_steps_per_second": throughput.spread(_column(rows, side, "env_steps_per_second")),
-                **{name: spread_of_returns(_column(rows, side, name)) for name in RETURNS},
+                **{name: throughput.spread_of_returns(_column(rows, side, name)) for name in RETURNS},
                 **workers[side].ready,
             }
             for side in jobs
@@ -219,14 +218,6 @@ def _returns(row: dict[str, Any]) -> str:
         return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
 
     return f"returns greedy / sampled / in training: {listed('jrl')} and {listed('peer')}"
-
-
-def spread_of_returns(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Return their spread without what is relative to the median, which may be 0; None where no episode ended."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return {"median": round(statistics.median(known), 2), "min": min(known), "max": max(known)}
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

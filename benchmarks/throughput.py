@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -185,6 +186,14 @@ class Training:
 # ------------------------------------------------------------------------------------------------- records
 
 
+def spread_of_returns(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Return their spread without what is relative to the median, which may be 0; None where no episode ended."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return {"median": round(statistics.median(known), 2), "min": min(known), "max": max(known)}
+
+
 def header(name: str, work: Work) -> dict[str, Any]:
     """Return the fields that every record begins with."""
     return {
@@ -207,7 +216,7 @@ def measure_training(work: Work, repeats: int) -> dict[str, Any]:
     return {
         **header(work.algorithm, work),
         "env_steps_per_second": spread([row["env_steps_per_second"] for row in rows]),
-        "episode_return": spread([row["episode_return"] for row in rows]),
+        "episode_return": spread_of_returns([row["episode_return"] for row in rows]),
         "lower_seconds": round(training.lower_seconds, 3),
         "compile_seconds": round(training.compile_seconds, 3),
         "temporary_bytes": training.compiled.memory_analysis().temp_size_in_bytes,

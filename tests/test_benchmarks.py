@@ -117,6 +117,12 @@ def test_throughput_records_every_repeat():
     json.dumps(record, allow_nan=False)
 
 
+def test_throughput_is_recorded_where_all_returns_are_zero():
+    record = throughput.measure_training(dataclasses.replace(TOY_DQN, env="DeepSea-bsuite"), repeats=1)
+    assert set(record["episode_return"]) == {"median", "min", "max"}
+    assert record["episode_return"]["median"] <= 0.01
+
+
 def test_env_steps_that_would_not_be_equal_are_refused():
     with pytest.raises(ValueError, match=r"env_steps=250: must exceed the warm-up of 0 by a multiple of 64"):
         throughput.build(throughput.Work("ppo", env_steps=250, num_envs=4, unroll_length=16))
@@ -383,9 +389,9 @@ def test_only_our_side_is_compiled_quickly(fake_clone):
 
 
 def test_returns_of_zero_or_none_have_a_spread():
-    assert against_peers.spread_of_returns([0.0, 0.0, 3.0, None]) == {"median": 0.0, "min": 0.0, "max": 3.0}
-    assert against_peers.spread_of_returns([1.0, 2.0]) == {"median": 1.5, "min": 1.0, "max": 2.0}
-    assert against_peers.spread_of_returns([None]) is None
+    assert throughput.spread_of_returns([0.0, 0.0, 3.0, None]) == {"median": 0.0, "min": 0.0, "max": 3.0}
+    assert throughput.spread_of_returns([1.0, 2.0]) == {"median": 1.5, "min": 1.0, "max": 2.0}
+    assert throughput.spread_of_returns([None]) is None
 
 
 def test_constant_keys_can_be_made_each_members_own():
