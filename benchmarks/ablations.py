@@ -448,6 +448,10 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - set(ABLATIONS))
     if unknown:
         parser.error(f"unknown ablation {', '.join(unknown)}: choose from {', '.join(ABLATIONS)}")
+    if not (arguments.names or arguments.all or arguments.plot):
+        parser.error(f"name an ablation, or --all: {', '.join(ABLATIONS)}")
+    if arguments.seeds is not None and arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: must be at least 1.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or (ABLATIONS if arguments.all or arguments.plot else ()):
         path, ablation = arguments.out / f"ablation-{name}.json", ABLATIONS[name]

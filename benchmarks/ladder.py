@@ -530,6 +530,8 @@ def main() -> None:
     unknown = sorted(set(arguments.rows) - set(ROWS))
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}: choose from {', '.join(ROWS)}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: must be at least 1.")
     if arguments.list or not arguments.rows:
         for name, row in ROWS.items():
             print(f"{name:20} {row.bar}")

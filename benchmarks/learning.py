@@ -373,6 +373,8 @@ def main() -> None:
     unknown = sorted(set(arguments.rows) - set(ROWS))
     if unknown:
         parser.error(f"unknown row {', '.join(unknown)}: choose from {', '.join(ROWS)}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: must be at least 1.")
     if arguments.list or not arguments.rows:
         for name, row in ROWS.items():
             print(f"{name:32} {row.algorithm} on {row.env}, {row.env_steps:,} env steps, goal {row.goal}")
@@ -382,7 +384,9 @@ def main() -> None:
         row = ROWS[name]
         if arguments.env_steps:
             row = row.lasting(arguments.env_steps)
-        record = measure(name, row, arguments.seeds, arguments.at_once, arguments.kernels)
+        has_kernels = hasattr(getattr(jrl, row.algorithm).Config, "kernels")
+        kernels = arguments.kernels if has_kernels else None
+        record = measure(name, row, arguments.seeds, arguments.at_once, kernels)
         path = arguments.out / f"learning-{name}.json"
         text = json.dumps(record, indent=1)
         path.write_text(text + "\n")

@@ -45,6 +45,7 @@ SINUSOID = {
     "tasks": 200_000,
 }
 NAVIGATION = {"learning_rate": 1e-2, "inner_learning_rate": 0.1}
+CURVE_UPDATES = 10  # of navigation, a point of its learning curve
 STEP_SIZES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 SINUSOID_BARS = ((1, 0.5), (10, 0.2))  # steps, error after them at most
 
@@ -153,11 +154,11 @@ def measure_navigation(seeds: int, updates: int) -> dict[str, Any]:
 
         init = jax.jit(algo.init)
         train = jax.jit(
-            lambda state, algo=algo, hparams=hparams: jrl.train(algo, state, hparams, num_steps=10)
+            lambda state, algo=algo, hparams=hparams: jrl.train(algo, state, hparams, num_steps=CURVE_UPDATES)
         )
         for seed in range(seeds):
             start, state, curve = time.perf_counter(), init(jax.random.key(seed), hparams), []
-            for _ in range(updates // 10):
+            for _ in range(updates // CURVE_UPDATES):
                 state, metrics = train(state)
                 curve.append(round(float(metrics["episode_return"].mean()), 2))
             seconds = round(time.perf_counter() - start, 1)
@@ -223,6 +224,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", action="store_true", help="draw the figures of the records again")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: must be at least 1.")
+    if arguments.updates is not None and (arguments.updates < 1 or arguments.updates % CURVE_UPDATES):
+        parser.error(
+            f"--updates {arguments.updates}: must be a multiple of {CURVE_UPDATES}, each a point of a curve."
+        )
     for name in arguments.problems or PROBLEMS:
         path = arguments.out / f"meta-{name}.json"
         if not arguments.plot:

@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(rows) > 1:
         record["bytes_of_a_further_member"] = {name: slope(rows, name) for name in ("planned", "taken")}
         print(record["bytes_of_a_further_member"])
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"sweep-memory-{arguments.algo}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
 

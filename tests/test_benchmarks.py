@@ -21,16 +21,21 @@ from jrl.language.rewards import Text
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import ablations  # noqa: E402
 import against_peers  # noqa: E402
 import decoding  # noqa: E402
 import env_stepping  # noqa: E402
 import fake_algorithm  # noqa: E402
 import floor  # noqa: E402
+import hang  # noqa: E402
+import ladder  # noqa: E402
 import ladder_applications  # noqa: E402
 import ladder_poems  # noqa: E402
 import learning  # noqa: E402
+import meta_learning  # noqa: E402
 import peers  # noqa: E402
 import search  # noqa: E402
+import sweep_memory  # noqa: E402
 import tabular  # noqa: E402
 import throughput  # noqa: E402
 import token_envs  # noqa: E402
@@ -453,6 +458,51 @@ def test_learning_writes_a_curve_for_each_seed(at_once, tmp_path, monkeypatch):
     assert curves[0] != curves[1]
     assert [one["episodes_completed"] for one in record["records"]] == [100, 100]
     assert 1 <= record["iqm"] <= 500
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (learning, ["ppo-cartpole", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (ladder, ["level0-rloo", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (meta_learning, ["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (meta_learning, ["--updates", "15"], "--updates 15: must be a multiple of 10"),
+        (ablations, ["double", "--seeds", "-1"], "--seeds -1: must be at least 1"),
+        (ablations, [], "name an ablation, or --all: double, dueling"),
+        (hang, ["--settings", "configred"], "invalid choice: 'configred'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before(script, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *flags, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_native_kernels_are_of_the_rows_that_have_them(tmp_path, monkeypatch):
+    asked = {}
+
+    def measure(name, row, seeds, at_once, kernels):
+        asked[name] = kernels
+        return {"iqm": 0.0, "iqm_interval_95": (0.0, 0.0)}
+
+    monkeypatch.setattr(learning, "measure", measure)
+    rows = ["r2d2-memorychain", "dqn-cartpole"]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *rows, "--kernels", "native", "--out", str(tmp_path)])
+    learning.main()
+    assert asked == {"r2d2-memorychain": None, "dqn-cartpole": "native"}
+
+
+def test_the_memory_of_sweeps_is_written_into_a_new_folder(tmp_path, monkeypatch):
+    row = {"members": 2, "planned": 5.0, "taken": 6.0, "machine": {}}
+    ran = subprocess.CompletedProcess([], 0, stdout=f"{json.dumps(row)}\n")
+    monkeypatch.setattr(sweep_memory.subprocess, "run", lambda *_, **__: ran)
+    monkeypatch.setattr(sweep_memory, "machine", dict)
+    monkeypatch.setattr(sweep_memory, "commit", str)
+    sweep_memory.main(["--members", "2", "--out", str(tmp_path / "new")])
+    (written,) = json.loads((tmp_path / "new" / "sweep-memory-dqn.json").read_text())["sweeps"]
+    assert written == {"members": 2, "planned": 5.0, "taken": 6.0}
 
 
 def test_a_curve_has_no_return_where_no_episode_ended():
