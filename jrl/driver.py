@@ -392,7 +392,7 @@ def _train(
         checkpoint_folder = folder / records.CHECKPOINTS
         checkpoint_folder.mkdir(exist_ok=True)
         checkpoint.remove_leftovers(checkpoint_folder)
-        records.drop_metrics_after(folder, start.env_steps if start else 0)
+        records.drop_metrics_after(folder, env_steps=start.env_steps if start else 0)
         sinks.insert(0, loggers_.JsonlLogger(folder / records.METRICS))
     with ExitStack() as stack:
         for sink in sinks:

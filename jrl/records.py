@@ -256,12 +256,19 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_metrics_after(folder: Path, env_steps: int) -> None:
-    """Rewrite ``metrics.jsonl`` without the lines of training that a restored checkpoint does not contain."""
+def drop_metrics_after(folder: Path, **reached: int) -> None:
+    """Rewrite ``metrics.jsonl`` without the lines of training that a restored checkpoint does not contain.
+
+    Args:
+        folder: of the run or sweep.
+        **reached: the numbers of a line that say where it stands, the most important one first, and how far the
+            checkpoint is. (Those of a sweep are not its ``env_steps``, which stand still once all members are frozen.)
+    """
     path = folder / METRICS
     if not path.exists():
         return
-    rows = [row for row in read_metrics(folder) if row["env_steps"] <= env_steps]
+    last = tuple(reached.values())
+    rows = [row for row in read_metrics(folder) if tuple(row.get(name, 0) for name in reached) <= last]
     with replacing(path) as unfinished:
         unfinished.write_text(
             "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"

@@ -216,7 +216,7 @@ class Session:
         self.env_steps_before = self.env_steps_done
         sink = None
         if self.folder is not None and processes.is_first():
-            records.drop_metrics_after(self.folder, self.env_steps_done)
+            records.drop_metrics_after(self.folder, chunk=begin.chunk, step=begin.step)
             sink = loggers.JsonlLogger(self.folder / records.METRICS)
             stack.callback(sink.close)
         work = self.num * self.total * self.setup.algo.env_steps_per_step

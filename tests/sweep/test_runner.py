@@ -448,6 +448,20 @@ def test_a_population_moves_towards_the_best_and_goes_on_to_the_same_bits(tmp_pa
 # ----------------------------------------------------------------------------------------- going on
 
 
+def test_a_sweep_whose_members_are_all_frozen_goes_on_without_saying_anything_twice(tmp_path, monkeypatch):
+    """No member takes environment steps from then on, so that those do not tell where the sweep stands."""
+    frozen = {"grid": {"nan_at": [0.0, 5.0]}, "seeds": 1}
+    interrupt(monkeypatch, chunk=9)
+    assert run(tmp_path / "sweep", **frozen).interrupted
+    with open(tmp_path / "sweep" / "metrics.jsonl") as file:
+        newest = file.readlines()[-1]
+    # as a kill leaves it: with lines that are newer than the checkpoint
+    with open(tmp_path / "sweep" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**json.loads(newest), "step": json.loads(newest)["step"] + 1}) + "\n")
+    run(tmp_path / "sweep", resume=True, **frozen)
+    assert [row["step"] for row in records.read_metrics(tmp_path / "sweep")] == list(range(1, 61))
+
+
 def test_an_interrupted_sweep_goes_on_to_the_same_bits_with_other_devices(reference, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
     seen = interrupt(monkeypatch, chunk=7)
