@@ -127,7 +127,7 @@ def _leading_length(hparams: Any) -> int | None:
 def _settings(
     single: Any, grid: Mapping[str, Any], random: Mapping[str, Space], num_random: int, search_seed: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """Return all settings, leaves ``[S, ...]``: each random draw with each combination of the grid."""
+    """Return all settings, leaves ``[S, ...]``: each different draw with each combination of the grid."""
     if bool(random) != bool(num_random):
         raise RunError(
             f"num_random={num_random} and random={dict(random)!r}: a random search needs both, the number of draws "
@@ -141,9 +141,12 @@ def _settings(
         if random
         else members.broadcast(single, 1)
     )
-    num_draws, num_combinations = members.size(draws), members.size(combinations)
-    of_draw = np.repeat(np.arange(num_draws), num_combinations)
-    of_combination = np.tile(np.arange(num_combinations), num_draws)
+    drawn = np.stack([members.names(draws)[name] for name in random], axis=1) if random else np.zeros((1, 0))
+    # With the same seeds a draw repeated would be the same runs again, and count as further ones.
+    first = np.sort(np.unique(drawn, axis=0, return_index=True)[1])
+    num_combinations = members.size(combinations)
+    of_draw = np.repeat(first, num_combinations)
+    of_combination = np.tile(np.arange(num_combinations), len(first))
     leaves = [
         np.asarray(draw)[of_draw] if name in random else np.asarray(combination)[of_combination]
         for (name, draw), combination in zip(

@@ -25,7 +25,7 @@ class Options:
     grid: tuple[str, ...] = ()
     """NAME=NUMBER,NUMBER,..., values of a hyperparameter (or env.NAME); every combination is a setting; repeatable."""
     random: int = 0
-    """Settings drawn at random from the spaces (each with every combination of the grid)."""
+    """Settings drawn at random from the spaces, equal ones once (each with every combination of the grid)."""
     space: tuple[str, ...] = ()
     """NAME=KIND:NUMBER:NUMBER with uniform, loguniform, normal or choice, as in gamma=uniform:0.9:0.999; repeatable."""
     search_seed: int = 0

@@ -141,7 +141,7 @@ def execute(
         config, env_kwargs, prng: as in :func:`jrl.run`.
         grid: name -> values; every combination is a setting.
         random: name -> distribution; ``num_random`` draws are settings (each with all of ``grid``).
-        num_random: how many.
+        num_random: how many; those that are equal, as with :func:`jrl.sweep.choice`, are one setting.
         search_seed: of the draws.
         halving: stop the worst settings early, see :class:`jrl.sweep.Halving`.
         pbt: replace the worst members by changed copies of the best ones, see :class:`jrl.sweep.PBT`. The table's

@@ -25,7 +25,7 @@ from jrl import checkpoint, cli, configuration, driver, records, rollout, statis
 from jrl.envs import from_functions, vectorize
 from jrl.ops import counter
 from jrl.records import RunError, RunWarning
-from jrl.sweep import groups, outcome, planning, rounds
+from jrl.sweep import groups, members, outcome, planning, rounds, runner
 from jrl.sweep.results import Results
 
 pytestmark = pytest.mark.optimized  # bits of different programs, and memory
@@ -164,6 +164,20 @@ def test_random_settings_with_a_grid_and_environment_parameters():
         table.columns["episode_return_mean"] == [5.0, 5.0, 10.0, 10.0] * 3
     )  # in the member's own environment
     assert table.columns["seed"] == [4, 9] * 6
+
+
+def test_draws_that_are_equal_are_one_setting():
+    """Repeated, they would be the same runs under another number, and count as further seeds."""
+    spaces = {"learning_rate": sweep.choice(0.2, 0.1), "nan_at": sweep.choice(-1.0, -2.0)}
+    arguments = {"random": spaces, "num_random": 40, "seeds": 2, "env": ENV, "env_steps": STEPS}
+    _, who, _ = runner.prepare(fake, **arguments, grid={"env.reward": [1.0, 2.0]})
+    names = ("learning_rate", "nan_at", "env.reward")
+    values = members.names(who.hparams)
+    settings = list(zip(*(values[name].tolist() for name in names), strict=True))
+    assert len(settings) == 2 * len(set(settings)) == 16
+    drawn = members.names(members.random(jax.random.key(0), fake.HParams(), 40, **spaces))
+    draws = zip(drawn["learning_rate"].tolist(), drawn["nan_at"].tolist(), strict=True)
+    assert [setting[:2] for setting in settings[::4]] == list(dict.fromkeys(draws))
 
 
 def test_a_switch_is_swept_and_is_one_or_zero_in_the_table(tmp_path):
