@@ -122,7 +122,17 @@ def default_optimizer(hparams: Any, learning_rate: jax.Array | float) -> optax.G
 
 
 def by_kernels(optimizer: Optimizer, kernels: str) -> Optimizer:
-    """Return ``optimizer``, or the default one computed by ``kernels`` where it is that; raise as :func:`adam`."""
+    """Return ``optimizer``, or the default one computed by ``kernels`` where it is that.
+
+    Raises:
+        TypeError: ``optimizer`` is no function, such as an optax transformation that is made already.
+        ValueError, RuntimeError: as :func:`adam`.
+    """
+    if not callable(optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}: each step makes it anew, from numbers that may be traced; "
+            "give a function, as in optimizer=lambda hparams, learning_rate: optax.adam(learning_rate)."
+        )
     _check(kernels)
     if optimizer is not default_optimizer or kernels == "xla":
         return optimizer

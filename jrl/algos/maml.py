@@ -26,7 +26,7 @@ from flax import struct
 from jrl import meta, ops, rollout
 from jrl.algos import checks, on_policy
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.training import summarize
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
@@ -134,6 +134,7 @@ def make(
             action space, or it has a memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, "xla")
     actor, surrogate = _surrogate(env, config, network)
     _replace_parameter(env.params, config.task_parameter, jnp.asarray, env.name)
     played = on_policy.policies(actor, learns_value=False)

@@ -23,7 +23,7 @@ from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, exploration, off_policy
 from jrl.envs import vectorize
 from jrl.networks.defaults import check_torso
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
@@ -186,6 +186,7 @@ def make(
         ValueError: ``env`` is vectorised already; ``network``'s width is not the number of actions.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, "xla")
     checks.environment(env)
     action = checks.discrete(env, "r2d2")
     envs = vectorize(env, config.num_envs)

@@ -24,7 +24,7 @@ from jrl.language import imitation, models, preferences
 from jrl.language.environments import allowed_tokens, token_step
 from jrl.language.policy_gradient import finished_texts
 from jrl.language.preferences import Pairs
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree
 
 
@@ -107,6 +107,7 @@ def make(
         ValueError: a preference outside [0, 1], an empty text, or one that the environment's grammar does not allow.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, "xla")
     spec = token_step(env, "dpo")
     model = models.of_config(env, config) if model is None else model
     if pairs is not None:

@@ -41,7 +41,7 @@ from jrl.envs import vectorize
 from jrl.language import models, surrogates
 from jrl.language.environments import Rating, token_step
 from jrl.language.rewards import Scorer, Text
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
 
 
@@ -190,6 +190,7 @@ def make(
         ValueError: ``cache`` with a model that has no memory.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, "xla")
     spec = token_step(env, "policy_gradient")
     model = models.of_config(env, config) if model is None else model
     if config.cache and (model.start is None or model.read is None):

@@ -30,7 +30,7 @@ from jrl.envs import vectorize
 from jrl.language import imitation, models
 from jrl.language.environments import token_step
 from jrl.language.policy_gradient import finished_texts, rate
-from jrl.optim import annealed_learning_rate, default_optimizer, global_norm
+from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree
 
 
@@ -174,6 +174,7 @@ def make(
         ValueError: shapes of ``data`` do not fit ``env``.
     """
     config = checks.config(config, Config)
+    optimizer = by_kernels(optimizer, "xla")
     spec, ilql = token_step(env, "token_q"), config.variant == "ilql"
     num_q = 2 if ilql else 1
     pretrained = model is None and config.model == "pretrained"

@@ -90,28 +90,31 @@ def q_network(
     """Return the default DQN network of ``env``: ``obs ↦ Q [..., A]``; arguments as in :func:`actor_critic`.
 
     With ``num_atoms`` it returns ``[..., A, num_atoms]``.
+
+    Raises:
+        TypeError: the actions are not Discrete.
     """
-    assert isinstance(env.action, Discrete)
+    num_actions = _num_actions(env)
     torso, prepare, rank = _torso(env, config)
     if core is not None:
         _no_native(config, "a memory")
         return recurrent_network(
             torso(),
             core,
-            QNetwork(_identity, env.action.n, dueling, num_atoms),
+            QNetwork(_identity, num_actions, dueling, num_atoms),
             prepare,
             features_first=features_first,
         )
-    module = QNetwork(torso, env.action.n, dueling, num_atoms)
+    module = QNetwork(torso, num_actions, dueling, num_atoms)
     return _network(module, prepare, rank, features_first, _whole(module, config, rank))
 
 
 def implicit_q_network(env: Environment, config: TorsoConfig, *, dueling: bool = False) -> Network:
     """Return an implicit quantile network of ``env``: :class:`~jrl.types.QuantileQuery` ``↦ [..., A, K]``."""
-    assert isinstance(env.action, Discrete)
+    num_actions = _num_actions(env)
     torso, prepare, _ = _torso(env, config)
     _no_native(config, "an implicit quantile network")
-    module = ImplicitQNetwork(torso, env.action.n, dueling)
+    module = ImplicitQNetwork(torso, num_actions, dueling)
     return Network(
         init=lambda key, query, memory: module.init(hashed(key), prepare(query.obs), query.fraction),
         apply=lambda params, query, memory: (
@@ -174,6 +177,15 @@ def check_torso(config: TorsoConfig) -> None:
         object.__setattr__(config, name, tuple(sizes))  # a list would make the Config unhashable
         if not sizes or min(sizes) < 1:
             raise ValueError(f"{name}={sizes}: needs one or more layers, each of at least 1 unit.")
+
+
+def _num_actions(env: Environment) -> int:
+    if not isinstance(env.action, Discrete):
+        raise TypeError(
+            f"a Q-network on {env.name} with actions {env.action!r}: it has an output for each Discrete action; use "
+            "jrl.networks.critics, or wrap the environment in jrl.envs.discretize_actions(env, bins)."
+        )
+    return env.action.n
 
 
 def _torso(

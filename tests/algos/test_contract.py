@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental.key_reuse import _core as key_reuse
 from jax.interpreters import partial_eval
@@ -233,6 +235,16 @@ def test_members_side_by_side_on_eight_devices_equal_the_same_runs_alone(kernel)
         alone, alone_metrics = kernel.step(start, kernel.hparams)
         # A batched product sums in another order; the first step of Adam divides by a gradient near 0.
         assert_close(of_member(together, i), (alone.params, alone_metrics), rtol=2e-3)
+
+
+@one_case_of_each
+def test_an_optimizer_is_a_function_that_makes_one(case):
+    make = functools.partial(case.module.make, cases.environment(case.env), case.config)
+    if "optimizer" in inspect.signature(case.module.make).parameters:
+        with pytest.raises(
+            TypeError, match=r"optimizer is a GradientTransformation.*give a function, as in opti"
+        ):
+            make(optimizer=optax.adam(1e-3))
 
 
 @one_case_of_each

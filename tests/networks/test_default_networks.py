@@ -67,6 +67,13 @@ def test_dqn_makes_a_cnn_and_takes_dueling_from_its_config():
     assert len(jax.eval_shape(algo.init, KEY, dqn.HParams()).params["params"]) == 3
 
 
+def test_a_q_network_needs_discrete_actions():
+    env = VECTOR._replace(action=Box((1,), -1.0, 1.0))
+    for network in (networks.q_network, networks.implicit_q_network):
+        with pytest.raises(TypeError, match=r"on test environment with actions Box.*discretize_actions"):
+            network(env, dqn.Config())
+
+
 @pytest.mark.parametrize("module", [ppo, dqn])
 def test_a_cnn_needs_an_image(module):
     for env, shapes in ((VECTOR, r"\(3,\)"), (MIXED, r"\(\), \(2, 2\), \(3,\)")):
