@@ -104,6 +104,9 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
     model = record["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"a model of type {model.get('type')!r}: only BPE is read")
+    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(mark):
+            raise ValueError(f"a model with {mark}={model[mark]!r}: only pieces without such marks are read")
     specials = {t["content"]: t["id"] for t in record.get("added_tokens") or []}
     vocab = dict(model["vocab"])
     pairs = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
@@ -124,7 +127,9 @@ def hugging_face(record: Mapping[str, Any]) -> BPE:
         bytes_at = tuple(vocab[f"<0x{b:02X}>"] for b in range(256))
         names = {name: specials[name] for name in specials if name not in named}
         start, end = _ends(names)
-        bpe = BPE(pieces, ranks, None, True, bytes_at, names, start, end, " " if prefix else "")
+        # Metaspace also splits unless told otherwise: each blank begins a part.
+        pattern = " ?[^ ]+| " if any(step.get("split", True) for step in splitters) else None
+        bpe = BPE(pieces, ranks, pattern, True, bytes_at, names, start, end, " " if prefix else "")
         return dataclasses.replace(bpe, prefix_once=prefix and not prepended)
     unknown = [kind for kind in kinds if kind not in ("Split", "ByteLevel")]
     forms = [step["type"] for step in normalizers]
@@ -206,7 +211,7 @@ def checked(file: Path, parse: Callable[[Path], Any]) -> Any:
     try:
         return parse(file)
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise ValueError(f"{error.filename or file} cannot be read: {error.strerror or error}.") from error
     except (
         ValueError,
         KeyError,

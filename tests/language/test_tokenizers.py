@@ -196,6 +196,35 @@ def test_metaspace_puts_a_blank_only_where_there_is_none(scheme):
     assert tokenizer.encode("a") == ([260] if scheme == "never" else [263])
 
 
+@pytest.mark.parametrize("split", [{}, {"split": True}, {"split": False}])
+def test_metaspace_begins_a_part_at_each_blank_unless_told_not_to(split):
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        "a",
+        "\u2581\u2581",
+        "a\u2581",
+    ]
+    record = {
+        "added_tokens": [{"id": i, "content": names[i]} for i in range(3)],
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", **split},
+        "model": {
+            "byte_fallback": True,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": [["\u2581", "\u2581"], ["a", "\u2581"]],
+        },
+    }
+    tokenizer = tokenizer_files.hugging_face(record)
+    blank, a, blanks, a_blank = range(259, 263)
+    apart = split.get("split", True)
+    assert tokenizer.encode("  ") == ([blank, blank] if apart else [blanks])
+    assert tokenizer.encode("a a") == ([a, blank, a] if apart else [a_blank, a])
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "word", "gpt2"])
 def test_round_trips_of_texts_and_of_the_tokenizer(kind, gpt2, tmp_path):
     text = "".join(TEXTS)
@@ -287,6 +316,18 @@ def test_folders_without_a_tokenizer_and_unknown_kinds_are_refused(tmp_path):
         tokenizers.read(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     with pytest.raises(ValueError, match="only byte-level BPE is read"):
+        tokenizers.read(tmp_path)
+    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+        model = {"vocab": {}, "merges": [], mark: "</w>"}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        with pytest.raises(ValueError, match=f"a model with {mark}='</w>': only pieces without such marks"):
+            tokenizers.read(tmp_path)
+
+
+def test_the_file_that_is_missing_is_the_one_named(tmp_path):
+    gpt2_files(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"merges\.txt cannot be read: No such file"):
         tokenizers.read(tmp_path)
 
 
