@@ -140,6 +140,8 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
         nonlocal place
         if peek() == "\\":
             place += 1
+            if peek().isascii() and peek().isalnum():  # which mean something elsewhere, and never themselves
+                raise fail(f"\\{peek()} is not known: write a set such as [0-9], or the character itself,")
         if not peek():
             raise fail("the expression ends too early")
         place += 1

@@ -86,6 +86,8 @@ def test_what_it_refuses():
         "z": "accepts no text",
         "(" * 3000 + "a" + ")" * 3000: "parentheses are nested too deeply",
         "[ab": "ends too early",
+        r"a\d+": r"\d is not known: write a set such as [0-9], or the character itself, at character 2",
+        r"[\w]": r"\w is not known",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             grammar.compile(pattern, SYMBOLS)
