@@ -123,20 +123,28 @@ def converse(
         obs = out.obs
         over = bool(out.terminated | out.truncated)
         total += float(out.reward)
-        if over:  # the state is the next dialogue's; what was said last is a plain act
-            kind, told, asked = talk.actions[int(action)]
-            system = Act(
-                jnp.int32(talk.acts.index(kind)),
-                jnp.array(
-                    [before.known[i] if slot == told else NOTHING for i, slot in enumerate(talk.slots)]
-                ),
-                jnp.array([slot == asked for slot in talk.slots]),
-            )
+        if over:  # the state is the next dialogue's
+            system = _last_said(step_key, before, action, env, talk)
             lines.append(f"system: {say(system, talk, templates, 'agt')}")
         else:
             lines.append(f"system: {say(state.system, talk, templates, 'agt')}")
             lines.append(f"user: {say(state.user.said, talk, templates, 'usr')}")
     return lines, total
+
+
+def _last_said(
+    key: jax.Array, state: dialogue.DialogueState, action: jax.Array, env: Environment, talk: Domain
+) -> Act:
+    """Return what the system says in the last exchange, as where the dialogue goes on."""
+    kind = talk.actions[int(action)][0]
+    if kind == "thanks":  # after which none goes on
+        return state.system._replace(
+            kind=jnp.int32(talk.acts.index(kind)),
+            inform=jnp.full_like(state.known, NOTHING),
+            request=jnp.zeros_like(state.system.request),
+        )
+    longer = dialogue.booking(talk, max_turns=2 * int(state.exchanges) + 2)
+    return jax.jit(longer.step)(key, state, action, env.params)[0].system
 
 
 def say(act: Act, talk: Domain, templates: Mapping[str, Any], side: str) -> str:

@@ -1,6 +1,7 @@
 """The simulated user against its rules in dictionaries, outcomes told by hand, noise, words, the real movies."""
 
 import dataclasses
+import itertools
 import json
 import random
 
@@ -491,6 +492,21 @@ def test_a_dialogue_in_words(env):
     assert lines[-1] == "system: thanks"
     assert "system: Which city?" in lines
     assert total in (80.0 - (len(lines) / 2 - 1), -40.0 - (len(lines) / 2 - 1))
+
+
+@pytest.mark.parametrize("slot", ["theater", "ticket", "taskcomplete"])
+def test_the_last_line_of_a_dialogue_that_is_cut_is_what_the_longer_one_has_there(slot):
+    ask, tell = TALK.action("request", request="date"), TALK.action("inform", inform=slot)
+
+    def converse(max_turns):
+        said = itertools.chain([ask], itertools.repeat(tell))
+        policy = lambda key, obs, memory: (jnp.array([next(said)]), memory)  # noqa: E731
+        env = dialogue.booking(TALK, max_turns=max_turns)
+        return booking.converse(jax.random.key(0), env, TALK, policy, TEMPLATES)[0]
+
+    cut, longer = converse(3), converse(7)
+    assert len(cut) == 4 < len(longer)
+    assert cut == longer[:4]
 
 
 # -------------------------------------------------------------------------------------------------- the real task
