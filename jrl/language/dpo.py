@@ -158,7 +158,8 @@ def make(
         second = log_ratio(params, reference, batch.second, batch.prompt_length)
         margin = hparams.beta * (first - second)
         total = preferences.bradley_terry_loss(margin, batch.preference)
-        agrees = (margin > 0) == (batch.preference > 0.5)
+        # Either side may be undecided, as all margins are at first: that is half right, whichever text is the first.
+        agrees = 0.5 + 0.5 * jnp.sign(margin) * jnp.sign(batch.preference - 0.5)
         return total, {"loss": total, "accuracy": agrees.mean(), "margin": jnp.abs(margin).mean()}
 
     def update(state: State, key: Key, hparams: HParams, learning_rate: Array) -> tuple[State, Metrics]:

@@ -222,6 +222,22 @@ def test_dpo_loss_is_the_papers_on_the_first_step():
     np.testing.assert_allclose(ours, np.mean(slow), rtol=1e-5)
 
 
+def test_accuracy_is_half_where_the_margin_or_the_preference_is_undecided():
+    env = tasks.random_rewards(3, 2)
+    texts = np.array([[0, 1, 2], [0, 2, 1]], np.int32)
+    model = models.table(env)
+    params = model.init(jax.random.key(0))
+    params["logits"] = params["logits"].at[0, 1].set(1.0)  # the first of the texts has become likelier
+    for preference, start, later in ((1.0, 0.5, 1.0), (0.0, 0.5, 0.0), (0.5, 0.5, 0.5)):
+        pairs = preferences.Pairs(texts[:1], texts[1:], np.ones(1, np.int32), np.array([preference]))
+        swapped = pairs._replace(first=texts[1:], second=texts[:1], preference=1 - pairs.preference)
+        for given in (pairs, swapped):
+            algo = dpo.make(env, dpo.Config(batch_size=4, num_updates=1), model=model, pairs=given)
+            state = algo.init(jax.random.key(0), dpo.HParams())
+            assert algo.step(state, dpo.HParams())[1]["accuracy"] == start
+            assert algo.step(state.replace(params=params), dpo.HParams())[1]["accuracy"] == later
+
+
 def test_a_reward_model_recovers_returns_up_to_a_constant_and_can_be_maximised(small):
     env, _ = small
     pairs, returns = all_pairs(env)
