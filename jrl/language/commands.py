@@ -195,12 +195,11 @@ def _annealed(given: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def _student(teacher: transformer.Config, given: str) -> transformer.Config:
-    text = Path(given).read_text(encoding="utf-8") if given.endswith(".json") else given
     try:
-        changes = json.loads(text)
+        changes = json.loads(Path(given).read_text(encoding="utf-8") if given.endswith(".json") else given)
         if not isinstance(changes, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f'--student-config {given} is no JSON object ({error}); write for instance {{"width": 64}}.'
         ) from error

@@ -142,8 +142,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     try:
         shards = json.loads((folder / INDEX).read_bytes())["weight_map"]
         names = sorted(set(shards.values()))
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise ValueError(f"a shard is named {names[0]!r}, which is no plain file name")
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"a shard is named {name!r}, which is no plain file name that ends in .safetensors"
+                )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is malformed: {error!r}.") from error
     tensors: dict[str, np.ndarray] = {}

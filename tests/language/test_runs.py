@@ -216,6 +216,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     assert "is no JSON object" in fails(
         capsys, "distill", lm, "--student-config", "small", "--out", tmp_path / "x"
     )
+    (tmp_path / "latin.json").write_bytes(b"caf\xe9")
+    for name in ("latin.json", "missing.json"):
+        error = fails(capsys, "distill", lm, "--student-config", tmp_path / name, "--out", tmp_path / "x")
+        assert f"--student-config {tmp_path / name} is no JSON object" in error
     corpus = tmp_path / "short.txt"
     corpus.write_text("to be " * 10)
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", "--max-length", "64")
