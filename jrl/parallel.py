@@ -65,10 +65,13 @@ def data_parallel(
             number of environments that cannot be split; ``kernels`` is neither, or 'native' where there is no CPU.
         RuntimeError: ``kernels="native"`` cannot be compiled (:func:`jrl.native.build.load`).
     """
-    if "shards" not in inspect.signature(make).parameters:
+    if not callable(make) or "shards" not in inspect.signature(make).parameters:
+        function = getattr(make, "func", make)  # of a partial, which would show the whole environment
+        name = getattr(function, "__qualname__", type(function).__name__)
+        module = getattr(function, "__module__", "")
         raise TypeError(
-            f"data_parallel(make={make!r}): it takes no shards=..., so that its environments cannot be split "
-            "over devices. jrl.ppo.make and jrl.pqn.make do; other algorithms run on one device."
+            f"data_parallel(make) with {module}.{name}: no function that takes shards=..., so that its environments "
+            "cannot be split over devices. jrl.ppo.make and jrl.pqn.make do; other algorithms run on one device."
         )
     build.check(kernels)
     if kernels == "native":

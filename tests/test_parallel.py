@@ -220,8 +220,12 @@ def test_what_cannot_be_split_says_so():
         data_parallel(maker(), [])
     with pytest.raises(ValueError, match=r"num_minibatches=16 does not divide .* 8 shards, 2 × 4 = 8"):
         data_parallel(maker(unroll_length=4, num_minibatches=16))
-    with pytest.raises(TypeError, match=r"it takes no shards=.*jrl.pqn.make do"):
+    with pytest.raises(
+        TypeError, match=r"with jrl.algos.dqn.make: no function that takes shards=.*pqn.make do"
+    ):
         data_parallel(functools.partial(dqn.make, jrl.make("CartPole-v1")), devices)
+    with pytest.raises(TypeError, match=r"with jrl.types.Algorithm: no function that takes shards="):
+        data_parallel(maker()(), devices)
     with pytest.raises(ValueError, match=r"kernels='fast': must be 'xla' or 'native'"):
         data_parallel(maker(), devices, kernels="fast")
 

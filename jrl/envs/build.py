@@ -48,18 +48,14 @@ def from_functions(
         name: for messages and records.
 
     Raises:
-        ValueError: what ``reset`` and ``transition`` return differs in structure or shapes, ``transition`` returns no
+        ValueError: what ``reset`` and ``transition`` return differs in structure or shapes, they return no two and no
             five values, or what :func:`strict` refuses.
     """
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         step_key, reset_key = jax.random.split(key)
         happened = transition(step_key, env_state, action, params)
-        if not isinstance(happened, tuple) or len(happened) != 5:
-            what = f"a tuple of {len(happened)}" if isinstance(happened, tuple) else type(happened).__name__
-            raise ValueError(
-                f"{name}: transition returns {what}: expected (env_state, obs, reward, terminated, truncated)."
-            )
+        _check_tuple(happened, f"{name}: transition", "(env_state, obs, reward, terminated, truncated)")
         stepped, next_obs, reward, *flags = happened
         terminated, truncated = (
             _scalar(flag, jnp.bool_, field, name)
@@ -133,6 +129,12 @@ def select(condition: Array, on_true: PyTree, on_false: PyTree, name: str = "env
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def _check_tuple(returned: Any, what: str, expected: str) -> None:
+    if not isinstance(returned, tuple) or len(returned) != expected.count(",") + 1:
+        kind = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        raise ValueError(f"{what} returns {kind}: expected {expected}.")
+
+
 def _fixed_point(env: Environment) -> PyTree:
     """Return the specification of ``(env_state, obs)`` that both reset and step map into."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -143,7 +145,9 @@ def _fixed_point(env: Environment) -> PyTree:
         env_state, out = env.step(key, env_state, action, params)
         return (env_state, out.obs), (env_state, out.next_obs)
 
-    spec = _struct(jax.eval_shape(env.reset, key, params))
+    start = jax.eval_shape(env.reset, key, params)
+    _check_tuple(start, f"{env.name}: reset", "(env_state, obs)")
+    spec = _struct(start)
     while True:  # ends: dtypes only ever grow, and there are finitely many
         joined = spec
         for stepped in jax.eval_shape(step, key, spec[0], action, params):

@@ -58,6 +58,7 @@ class Session:
             raise RunError(f"metrics {', '.join(wrong)} are no scalars: algo.step must return shape ().")
         self.state_shape = state
         self.latest: dict[str, np.ndarray] = {}  # metrics of each member in its last chunk
+        self.shown: float | None = None  # the best return of the last chunk in which an episode ended
         on_cpu = self.devices[0].platform == "cpu"
         if on_cpu and self.width != 1 and (texts := xla.diagnose()):  # members one by one cannot hang
             keys = jax.random.split(jax.random.key(0), 2)
@@ -341,6 +342,7 @@ class Session:
         newest = newest[np.isfinite(newest)]
         done, failed = int(self.ended.sum()), int((self.results.failed_at >= 0).sum())
         best = None if not newest.size else float(f"{newest.max():.7g}")
+        self.shown = self.shown if best is None else best
         return {
             "step": step,
             "chunk": chunk,
@@ -352,7 +354,7 @@ class Session:
             "episode_return_iqm": (
                 None if not newest.size else float(f"{statistics.interquartile_mean(newest):.7g}")
             ),
-            "text": f"{done}/{self.num} done, best {'-' if best is None else f'{best:.4g}'}"
+            "text": f"{done}/{self.num} done, best {'-' if self.shown is None else f'{self.shown:.4g}'}"
             + (f", {failed} frozen" if failed else ""),
         }
 

@@ -191,6 +191,28 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(
+    ("reset", "message"),
+    [
+        (
+            lambda key, params: jnp.zeros(2),
+            "Odd: reset returns (ShapeDtypeStruct|.*Array|.*Tracer): expected",
+        ),
+        (
+            lambda key, params: (0, jnp.zeros(2), {}),
+            r"Odd: reset returns a tuple of 3: expected \(env_state, obs\)",
+        ),
+    ],
+    ids=["obs", "three"],
+)
+def test_what_a_reset_must_return(reset, message):
+    def transition(key, state, action, params):
+        return state, jnp.zeros(2), 1.0, False, False
+
+    with pytest.raises(ValueError, match=message):
+        from_functions(reset, transition, (), Discrete(2), "Odd")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (

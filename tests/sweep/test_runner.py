@@ -68,6 +68,18 @@ def reference(tmp_path_factory):
     return run(tmp_path_factory.mktemp("sweeps") / "reference")
 
 
+def test_progress_keeps_the_best_return_while_no_episode_ends(monkeypatch):
+    seen = []
+    monkeypatch.setattr("jrl.progress.Silent.update", lambda self, env_steps, row: seen.append(row))
+    run()
+    assert None in (row["episode_return"] for row in seen[1:])
+    last = "-"
+    for row in seen:
+        last = last if row["episode_return"] is None else f"{row['episode_return']:.4g}"
+        assert row["text"] == f"{row['members_done']}/6 done, best {last}"
+    assert last != "-"
+
+
 def test_a_table_has_a_row_a_member(reference):
     table = reference.table
     assert len(table) == 6
