@@ -231,7 +231,16 @@ inline size_t EntriesFloats(int64_t size) { return kBlock * size / kSparse + siz
 // The columns from f on whose entries are not 0, written after n; returns how many there are then.
 JRL_INLINE int64_t Find(const float* x, int64_t size, Index* columns, int64_t n) {
   int64_t f = 0;
-#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (; f + 16 <= size; f += 16) {
+    const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + f), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(f)));
+    // Compressed in a register: into memory it is slow on some processors. What is written too much is written over.
+    _mm512_storeu_si512(columns + n, _mm512_maskz_compress_epi32(mask, at));
+    n += __builtin_popcount(mask);
+  }
+#elif defined(__AVX__)
   for (; f + 8 <= size; f += 8) {
     const __m256 differs = _mm256_cmp_ps(_mm256_loadu_ps(x + f), _mm256_setzero_ps(), _CMP_NEQ_UQ);
     for (uint32_t mask = _mm256_movemask_ps(differs); mask; mask &= mask - 1)
@@ -288,6 +297,8 @@ inline void EntriesLayer(int64_t rows, const float* a, int64_t size, const Entri
     auto w = [&] { return weights + (packed ? c * size : c); };
     for (; c + 4 * kPanel <= padded; c += 4 * kPanel)
       EntriesTile<4, 2>(x, at, n, w(), panel, packed ? kPanel : columns, bias + c, o + c);
+    for (; c + 2 * kPanel <= padded; c += 2 * kPanel)
+      EntriesTile<2, 2>(x, at, n, w(), panel, packed ? kPanel : columns, bias + c, o + c);
     for (; c + kPanel <= padded; c += kPanel)
       EntriesTile<1, 2>(x, at, n, w(), panel, packed ? kPanel : columns, bias + c, o + c);
     if (c < padded) EntriesTile<1, 1>(x, at, n, w(), panel, packed ? kLanes : columns, bias + c, o + c);
@@ -315,6 +326,8 @@ inline void EntriesOuter(int64_t rows, const float* a, int64_t size, const Entri
   int64_t c = 0;
   for (; c + 8 * kLanes <= padded; c += 8 * kLanes)
     EntriesOuterTile<8>(rows, a, size, entries, b + c, padded, out + c, padded);
+  for (; c + 4 * kLanes <= padded; c += 4 * kLanes)
+    EntriesOuterTile<4>(rows, a, size, entries, b + c, padded, out + c, padded);
   for (; c < padded; c += kLanes) EntriesOuterTile<1>(rows, a, size, entries, b + c, padded, out + c, padded);
 }
 

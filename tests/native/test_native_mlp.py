@@ -82,7 +82,15 @@ def compare(params, norms, x, activation):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [((400, 64, 3), 50), ((64, 20, 2), 5), ((67, 150, 12), 49), ((70, 24, 2), 3)]
+    ("sizes", "rows"),
+    [
+        ((400, 64, 3), 50),
+        ((64, 20, 2), 5),
+        ((67, 150, 12), 49),
+        ((70, 24, 2), 3),
+        ((65, 100, 2), 7),
+        ((72, 40, 2), 4),
+    ],
 )
 def test_of_an_input_that_is_nearly_all_zeros_too(sizes, rows):
     x = sparse(normal(1, (rows, sizes[0])))
