@@ -1,7 +1,7 @@
 // The mean over devices of what each of them has, computed by all of them at once.
 //
-// Compiled and called by mean.py, which says what the arguments are. To bring two threads together takes XLA's own
-// all-reduce some 60 microseconds, as each sleeps until it is woken. Here whoever comes first looks out for the others,
+// Compiled and called by mean.py, which says what the arguments are. In XLA's own all-reduce whoever comes first sleeps
+// until it is woken, which takes longer than the mean of a small network's gradients. Here it looks out for the others,
 // for a while: the thread may be one that another device needs. Then it goes, those who come later finish the call for
 // it, and its device continues on a thread of XLA's pool.
 

@@ -1,4 +1,4 @@
-"""The mean over devices of one CPU in a C++ kernel: XLA's takes some 60 µs for two threads to meet, this one 4.
+"""The mean over devices of one CPU in a C++ kernel: XLA's own puts threads to sleep until the others come.
 
 What :func:`jrl.parallel.data_parallel` exchanges with ``kernels="native"``; compiled at first use
 (:mod:`jrl.native.build`).
