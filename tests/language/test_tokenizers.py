@@ -169,55 +169,33 @@ def test_a_text_that_begins_with_the_prefix_gets_no_second_one(tmp_path):
     assert llama(prefix_once=True).encode(" a") == [262]
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_metaspace_puts_a_blank_only_where_there_is_none(scheme):
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{b:02X}>" for b in range(256)),
-        "\u2581",
-        "a",
-        "b",
-        "\u2581\u2581",
-        "\u2581a",
-    ]
+def metaspace(pieces, merges, **choices):
+    """Of a tokenizer.json with 259 names for bytes and specials, and then these pieces."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
     record = {
         "added_tokens": [{"id": i, "content": names[i]} for i in range(3)],
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", **choices},
         "model": {
             "byte_fallback": True,
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": [["\u2581", "a"]],
+            "merges": merges,
         },
     }
-    tokenizer = tokenizer_files.hugging_face(record)
+    return tokenizer_files.hugging_face(record)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_metaspace_puts_a_blank_only_where_there_is_none(scheme):
+    pieces = ["\u2581", "a", "b", "\u2581\u2581", "\u2581a"]
+    tokenizer = metaspace(pieces, [["\u2581", "a"]], prepend_scheme=scheme)
     assert tokenizer.encode(" a") == [263]
     assert tokenizer.encode("a") == ([260] if scheme == "never" else [263])
 
 
 @pytest.mark.parametrize("split", [{}, {"split": True}, {"split": False}])
 def test_metaspace_begins_a_part_at_each_blank_unless_told_not_to(split):
-    names = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{b:02X}>" for b in range(256)),
-        "\u2581",
-        "a",
-        "\u2581\u2581",
-        "a\u2581",
-    ]
-    record = {
-        "added_tokens": [{"id": i, "content": names[i]} for i in range(3)],
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", **split},
-        "model": {
-            "byte_fallback": True,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": [["\u2581", "\u2581"], ["a", "\u2581"]],
-        },
-    }
-    tokenizer = tokenizer_files.hugging_face(record)
+    merges = [["\u2581", "\u2581"], ["a", "\u2581"]]
+    tokenizer = metaspace(["\u2581", "a", *map("".join, merges)], merges, prepend_scheme="never", **split)
     blank, a, blanks, a_blank = range(259, 263)
     apart = split.get("split", True)
     assert tokenizer.encode("  ") == ([blank, blank] if apart else [blanks])
