@@ -1,7 +1,6 @@
 """The mean over devices: of all of them, in whatever order and however late they come."""
 
 import concurrent.futures
-import shutil
 import time
 
 import jax
@@ -11,8 +10,6 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jrl.native import mean
-
-pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 
 SHAPES = [(), (5,), (7, 11), (3, 4096), (9001,)]  # less than a vector, and more than a thread takes at a time
 
