@@ -18,6 +18,7 @@ from flax import struct
 
 from jrl import ops, rollout
 from jrl.algos import checks, on_policy
+from jrl.native import threefry
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
@@ -46,7 +47,7 @@ class Config:
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam and random numbers in C++, on CPUs, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False
@@ -195,7 +196,9 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_keys = ops.split_keys(state.key, (), (config.unroll_length, 2))
+        next_key, unroll_keys = threefry.split_keys(
+            state.key, (), (config.unroll_length, 2), kernels=config.kernels
+        )
         env_params = env.params if hparams.env is None else hparams.env
         rollout_state, transitions, episode_metrics = rollout.unroll(
             unroll_keys, envs, env_params, Policy(act, state.params), state.rollout, config.unroll_length

@@ -29,6 +29,7 @@ from flax import struct
 from jrl import ops, replay, rollout
 from jrl.algos import checks, exploration, off_policy, q_functions
 from jrl.envs import vectorize
+from jrl.native import threefry
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, no_memory
@@ -96,8 +97,8 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, Adam, a 'categorical' distribution and noisy layers' noise in C++
-    kernels, on a CPU, compiled at first use."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam, a 'categorical' distribution, random numbers and noisy layers'
+    noise in C++ kernels, on a CPU, compiled at first use."""
     layer_norm: bool = True
     """Normalise before each activation. The default, since without it one or two of ten seeds ended CartPole on
     overestimated values (as Gallici et al., 2024, arXiv:2407.04811, found for Q-learning at large)."""
@@ -339,8 +340,8 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_keys, update_keys = ops.split_keys(
-            state.key, (), (config.unroll_length, 2), (config.num_updates,)
+        next_key, unroll_keys, update_keys = threefry.split_keys(
+            state.key, (), (config.unroll_length, 2), (config.num_updates,), kernels=config.kernels
         )
         env_steps = ops.counter.to_float(state.env_steps)
         epsilon = exploration.annealed_epsilon(hparams, env_steps)

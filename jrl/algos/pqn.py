@@ -20,6 +20,7 @@ from flax import struct
 from jrl import networks, ops, rollout
 from jrl.algos import checks, exploration
 from jrl.envs import vectorize
+from jrl.native import threefry
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Metrics, Params, Policy, PyTree, Shards, Transition
@@ -46,7 +47,7 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam and random numbers in C++, on CPUs, compiled at first use."""
     layer_norm: bool = True
     """Normalise before each activation: what keeps learning stable without a target network."""
 
@@ -212,7 +213,9 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_keys, update_key = ops.split_keys(state.key, (), (config.unroll_length, 2), ())
+        next_key, unroll_keys, update_key = threefry.split_keys(
+            state.key, (), (config.unroll_length, 2), (), kernels=config.kernels
+        )
         env_steps = ops.counter.to_float(state.env_steps)
         epsilon = exploration.annealed_epsilon(hparams, env_steps)
         learning_rate = annealed_learning_rate(hparams, env_steps)

@@ -23,6 +23,7 @@ from flax import struct
 
 from jrl import ops, rollout
 from jrl.algos import checks, on_policy
+from jrl.native import threefry
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Environment, Key, Memory, Metrics, Params, Policy, PyTree, Transition
@@ -51,7 +52,7 @@ class Config:
     activation: str = "tanh"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam and random numbers in C++, on CPUs, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
     shared_torso: bool = False
@@ -193,7 +194,7 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_key, reset_key = jax.random.split(state.key, 3)
+        next_key, unroll_key, reset_key = threefry.split_keys(state.key, (), (), (), kernels=config.kernels)
         env_params = env.params if hparams.env is None else hparams.env
         _, transitions, episode_metrics = rollout.unroll(
             unroll_key, envs, env_params, Policy(act, state.params), state.rollout, config.unroll_length

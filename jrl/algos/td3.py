@@ -21,6 +21,7 @@ from flax import struct
 from jrl import networks, ops, replay, rollout
 from jrl.algos import checks, off_policy
 from jrl.envs import vectorize
+from jrl.native import threefry
 from jrl.networks.defaults import check_torso
 from jrl.optim import annealed_learning_rate, by_kernels, default_optimizer, global_norm
 from jrl.types import Algorithm, Array, Box, Environment, Key, Memory, Metrics, Policy, PyTree
@@ -60,7 +61,7 @@ class Config:
     activation: str = "relu"
     """tanh, relu, elu, gelu or silu."""
     kernels: str = "xla"
-    """'xla'; or 'native': an mlp of tanh or relu, and Adam, in C++ kernels, on a CPU, compiled at first use."""
+    """'xla'; or 'native': an mlp of tanh or relu, Adam and random numbers in C++, on CPUs, compiled at first use."""
     layer_norm: bool = False
     """Normalise before each activation."""
 
@@ -258,8 +259,12 @@ def make(
 
     def step(state: State, hparams: HParams) -> tuple[State, Metrics]:
         checks.hparams(hparams, HParams)
-        next_key, unroll_keys, update_keys = ops.split_keys(
-            state.key, (), (config.unroll_length, 2), (config.num_updates // policy_delay, policy_delay, 2)
+        next_key, unroll_keys, update_keys = threefry.split_keys(
+            state.key,
+            (),
+            (config.unroll_length, 2),
+            (config.num_updates // policy_delay, policy_delay, 2),
+            kernels=config.kernels,
         )
         learning_rate = annealed_learning_rate(hparams, ops.counter.to_float(state.env_steps))
         env_params = env.params if hparams.env is None else hparams.env

@@ -35,6 +35,8 @@ NAMES = (
     "jrl_mlp_backward",
     "jrl_mlp_forward",
     "jrl_noise_factors",
+    "jrl_threefry_bits",
+    "jrl_threefry_split",
 )
 """Of the kernels; XLA knows them by :func:`target`."""
 
@@ -106,8 +108,9 @@ def call(
     *args: jax.Array,
     aliases: dict[int, int] | None = None,
     attributes: dict[str, Any] | None = None,
+    dtype: Any = jnp.float32,
 ) -> list[jax.Array]:
-    """Return the float32 outputs, of these shapes, of a kernel; ``jax.vmap`` adds an axis to all.
+    """Return the outputs, of these shapes, of a kernel; ``jax.vmap`` adds an axis to all.
 
     Args:
         name: of the kernel.
@@ -115,12 +118,13 @@ def call(
         args: arrays.
         aliases: argument to output that may take its memory, by their positions.
         attributes: what is no array.
+        dtype: of the outputs.
 
     Raises:
         RuntimeError: as :func:`load`.
     """
     load()
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in outputs]
     function: Any = jax.ffi.ffi_call(
         target(name), shapes, vmap_method="broadcast_all", input_output_aliases=aliases
     )

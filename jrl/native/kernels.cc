@@ -5,3 +5,4 @@
 #include "mean.cc"
 #include "mlp.cc"
 #include "noise.cc"
+#include "threefry.cc"

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "threefry.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -15,24 +16,6 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
-
-typedef uint32_t Word __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-// Threefry-2x32 with 20 rounds (Salmon et al., 2011), of the counters (0, count); both words of it joined.
-JRL_INLINE Word Bits(uint32_t key0, uint32_t key1, Word count) {
-  const uint32_t keys[3] = {key0, key1, key0 ^ key1 ^ 0x1BD11BDA};
-  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-  Word a = Word{} + key0, b = count + key1;
-  for (uint32_t i = 0; i < 5; ++i) {
-    for (int rotation : kRotations[i % 2]) {
-      a += b;
-      b = a ^ ((b << rotation) | (b >> (32 - rotation)));
-    }
-    a += keys[(i + 1) % 3];
-    b += keys[(i + 2) % 3] + i + 1;
-  }
-  return a ^ b;
-}
 
 template <int N>
 JRL_INLINE Vec Polynomial(const float (&factors)[N], Vec x) {
@@ -64,7 +47,8 @@ ffi::Error NoiseFactors(ffi::Buffer<ffi::U32> keys, Result factors) {
     for (int i = 0; i < kLanes; ++i) count[i] = i;
     for (int64_t i = 0; i < n; i += kLanes, count += kLanes) {
       // As jax.random.normal: 23 bits are a number of [1, 2), which becomes one of (-1, 1).
-      const Vec unit = (Vec)((Bits(key[0], key[1], count) >> 9) | 0x3f800000u) - 1.0f;
+      const Block block = Threefry(Word{} + key[0], Word{} + key[1], count);
+      const Vec unit = (Vec)(((block.a ^ block.b) >> 9) | 0x3f800000u) - 1.0f;
       const Vec normal = 1.41421356f * InverseErf(unit * 2.0f - 0.99999994f);
       const Vec size = Max(-normal, normal), root = Sqrt(size);
       const Vec f = normal / Max(Spread(std::numeric_limits<float>::min()), root);

@@ -15,19 +15,13 @@ FACTORS = "jrl_noise_factors"
 """Its kernels in :mod:`jrl.native.build`."""
 
 
-def draws(key: Key) -> bool:
-    """Return whether :func:`factors` has a key's bits: those of JAX's default generator in its default layout."""
-    partitionable = getattr(jax.config, "jax_threefry_partitionable", True)
-    return bool(partitionable) and str(jax.random.key_impl(key)) == "threefry2x32"
-
-
 def factors(key: Key, shape: tuple[int, ...]) -> Array:
     """Return ``f(ε)``, ``f(x) = sign(x) √|x|``, of the ``ε`` of :func:`jax.random.normal`, to rounding; float32.
 
     Source: Fortunato et al. 2018, section 3.1, https://arxiv.org/abs/1706.10295.
 
     Args:
-        key: for which :func:`draws` is True.
+        key: for which :func:`jrl.native.threefry.draws` is True.
         shape: of fewer than 2^32 numbers.
 
     Raises:

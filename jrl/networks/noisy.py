@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.native import noise
+from jrl.native import noise, threefry
 from jrl.types import Array, Key, Params, PyTree
 
 
@@ -62,7 +62,7 @@ def draw(key: Key, params: NoisyParams, batch_shape: tuple[int, ...] = (), *, ke
     ``kernels="native"`` by :mod:`jrl.native.noise`, to rounding the same.
     """
     size = sum(size for layer in params.scale.values() for size in layer["kernel"].shape)
-    ours = kernels == "native" and noise.draws(key)
+    ours = kernels == "native" and threefry.draws(key)
     return (noise.factors if ours else noise.reference)(key, (*batch_shape, size))
 
 

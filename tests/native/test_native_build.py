@@ -8,6 +8,7 @@ import test_native_adam
 import test_native_categorical
 import test_native_mlp
 import test_native_noise
+import test_native_threefry
 
 import jrl
 from jrl import dqn, networks, optim
@@ -55,6 +56,8 @@ def test_it_is_right_with_vectors_of_four(afresh, monkeypatch):
     test_native_categorical.test_it_is_the_head_of_c51((6, 3, 51))
     test_native_adam.test_steps_are_those_of_optax(1.0)
     test_native_noise.test_it_is_the_normal_of_jax()
+    test_native_threefry.test_words_are_those_of_jax((3, 50))
+    test_native_threefry.test_keys_side_by_side_have_their_own(3)
     assert len(list(afresh.glob("native-*.so"))) == 1
 
 

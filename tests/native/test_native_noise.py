@@ -37,15 +37,6 @@ def test_members_have_their_own():
         np.testing.assert_array_equal(noise.factors(key, (2, 5)), member)
 
 
-def test_a_generator_that_it_has_not_is_left_to_jax():
-    assert noise.draws(KEY)
-    assert jax.jit(noise.draws)(KEY)
-    assert not noise.draws(ops.hashed(KEY))
-    assert not noise.draws(jax.random.key(3, impl="rbg"))
-    with jax.threefry_partitionable(False):
-        assert not noise.draws(KEY)
-
-
 def test_noisy_networks_draw_it():
     params = networks.noisy.init({"Dense_0": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}})
     for key, exact in ((KEY, 1e-5), (ops.hashed(KEY), 0.0)):
