@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,16 +174,22 @@ def episode_metrics(ended: Array, episode_return: Array, episode_length: Array) 
 
 
 def successor_values(
-    evaluate: Callable[[PyTree], Array], value: Array, transitions: Transition, successors: PyTree
+    evaluate: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    value: Array,
+    transitions: Transition,
+    successors: PyTree,
 ) -> Array:
     """Return the values of what the steps of an unroll led to, most of which are known already.
 
     Where an episode goes on, its step led to what the policy saw next, whose value is in the next row of ``value``.
     Where it terminated the value is 0. Only the last row, and what a truncated step led to, is evaluated: ``B``
-    states at a time and as often as there are more, in place of a second pass of the network over the batch.
+    states at a time and as often as there are more, in place of a second pass of the network over the batch. The
+    derivative is that of the second pass.
 
     Args:
-        evaluate: maps ``B`` of the ``successors`` to their values ``[B]``.
+        evaluate: maps ``params`` and ``B`` of the ``successors`` to their values ``[B]``.
+        params: all that its values are to be differentiated by, beside the successors.
         value: of ``transitions.obs``, ``[T, B]``.
         transitions: leaves ``[T, B, ...]``.
         successors: what ``evaluate`` needs of the true successors: ``transitions.next_obs``, and where the policy
@@ -201,17 +208,44 @@ def successor_values(
     # The unknown ones in a row; as jnp.nonzero does, with one cumulative sum where that needs two.
     # One place more, for all that are known.
     index = jnp.full(size + 1, size).at[jnp.where(unknown, ranks - 1, size)].set(jnp.arange(size))[:size]
-    count = ranks[-1]
+    values = _filled(evaluate, num_envs, known, params, successors, (unknown, index, ranks[-1]))
+    return values.reshape(length, num_envs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _filled(
+    evaluate: Callable[[PyTree, PyTree], Array],
+    block: int,
+    known: Array,
+    params: PyTree,
+    successors: PyTree,
+    which: tuple[Array, Array, Array],
+) -> Array:
+    """Return ``known`` with the values of the ``which`` that are not, a block after the other."""
+    _, index, count = which
 
     def some(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         done, values = carry
-        these = jax.lax.dynamic_slice_in_dim(index, done, num_envs)
-        found = evaluate(jax.tree.map(lambda leaf: leaf.at[these].get(mode="clip"), successors))
-        return done + num_envs, values.at[these].set(found, mode="drop")
+        these = jax.lax.dynamic_slice_in_dim(index, done, block)
+        found = evaluate(params, jax.tree.map(lambda leaf: leaf.at[these].get(mode="clip"), successors))
+        return done + block, values.at[these].set(found, mode="drop")
 
     # Under vmap the rounds are those of the member with the most; what the others carry is one number a step.
-    _, values = jax.lax.while_loop(lambda carry: carry[0] < count, some, (jnp.int32(0), known))
-    return values.reshape(length, num_envs)
+    return jax.lax.while_loop(lambda carry: carry[0] < count, some, (jnp.int32(0), known))[1]
+
+
+@_filled.defjvp
+def _filled_jvp(
+    evaluate: Callable[[PyTree, PyTree], Array], block: int, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
+    """By all of them: no gradient goes back through a loop whose length is known only when it runs."""
+
+    def all_of(known: Array, params: PyTree, successors: PyTree, which: tuple[Array, Array, Array]) -> Array:
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, block, *leaf.shape[1:]), successors)
+        values = jax.lax.map(functools.partial(evaluate, params), blocks)
+        return jnp.where(which[0], values.reshape(-1), known)
+
+    return _filled(evaluate, block, *primals), jax.jvp(all_of, primals, tangents)[1]
 
 
 def keep_memory(batch_shape: tuple[int, ...]) -> None:

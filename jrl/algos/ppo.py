@@ -240,15 +240,16 @@ def make(
         )
 
     def targets(state: State, transitions: rollout.Transition, hparams: HParams) -> Batch:
-        def values(successors: tuple[PyTree, Memory]) -> Array:
-            (_, value), _ = apply_normalized((state.params, state.observation_statistics), *successors)
+        def values(acting: PyTree, successors: tuple[PyTree, Memory]) -> Array:
+            (_, value), _ = apply_normalized(acting, *successors)
             return value
 
         obs = normalized(state.observation_statistics, transitions.obs)
         log_prob, next_memory, output = transitions.extras
         head, value = output if with_memory else network.apply(state.params, obs, ())[0]
+        acting = (state.params, state.observation_statistics)
         successors = (transitions.next_obs, next_memory)
-        next_value = rollout.successor_values(values, value, transitions, successors)
+        next_value = rollout.successor_values(values, acting, value, transitions, successors)
         flags = (transitions.terminated, transitions.truncated)
         advantage, target = ops.gae(
             transitions.reward, value, next_value, *flags, gamma=hparams.gamma, gae_lambda=hparams.gae_lambda

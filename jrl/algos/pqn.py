@@ -165,12 +165,12 @@ def make(
     def targets(params: Params, transitions: Transition, hparams: HParams) -> Batch:
         """Q(λ): ``G = r + γ (1 − terminated) ((1 − λ) max_a Q(s', a) + λ G')``, ``G' = max_a Q`` where a trace ends."""
 
-        def values(next_obs: PyTree) -> Array:
+        def values(params: Params, next_obs: PyTree) -> Array:
             return action_values(params, next_obs).max(-1)
 
         # Acting has evaluated all true successors but the last ones and those where an episode was cut.
         next_value = rollout.successor_values(
-            values, transitions.extras["q"].max(-1), transitions, transitions.next_obs
+            values, params, transitions.extras["q"].max(-1), transitions, transitions.next_obs
         )
         target = ops.q_lambda(
             transitions.reward,
