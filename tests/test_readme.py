@@ -115,10 +115,11 @@ def test_every_wrapper_is_named():
         assert re.search(rf"\b{name}\b", README), name
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = re.findall(r"\]\(([^)#:]+)\)", text)
-    named += re.findall(r"`((?:jrl|tests|notebooks|benchmarks)/[\w./]+)`", text)
-    for path in (path for path in named if "NAME" not in path):
-        assert (ROOT / path).exists(), path
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    named = re.findall(r"`((?:jrl|tests|notebooks|benchmarks)/[\w./]+)`", text)
+    paths = [(ROOT / document).parent / path for path in linked] + [ROOT / path for path in named]
+    for path in (path for path in paths if "NAME" not in str(path)):
+        assert path.exists(), path
