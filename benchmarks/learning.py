@@ -71,7 +71,7 @@ MINATAR_STEPS = 10_000_000
 
 ROWS = {
     "ppo-cartpole": Row("ppo", "CartPole-v1", 500_000, 495.0),
-    "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 490.0),
+    "dqn-cartpole": Row("dqn", "CartPole-v1", 500_000, 495.0),
     "pqn-cartpole": Row("pqn", "CartPole-v1", 500_000, 495.0),
     "dqn-acrobot": Row("dqn", "Acrobot-v1", 500_000, -82.0),
     "dqn-mountaincar": Row(
