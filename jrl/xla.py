@@ -19,6 +19,9 @@ from collections.abc import Mapping, MutableMapping
 THREADS_PER_DEVICE = 4
 
 _OLDER_EMITTERS = "xla_cpu_disable_new_fusion_emitters"
+_NO_TILES = "xla_cpu_disable_tiled_emitter"
+# A process whose jaxlib does not know an option ends, so it is for those that do.
+_WITH_TILES = frozenset({"0.10.0", "0.10.1", "0.10.2", "0.11.0", "0.11.1", "0.11.2"})
 
 
 def configure(
@@ -30,7 +33,8 @@ def configure(
 ) -> None:
     """Put settings under which nothing hangs into ``environ``; what the user has set stays.
 
-    Call it before anything imports jax: the ``jrl`` command does.
+    Call it before anything imports jax: the ``jrl`` command does. One more setting keeps XLA from an emitter that takes
+    three times as long for a sum of matrices whose rows are no multiple of its tiles of 16; the numbers are the same.
 
     Args:
         environ: the environment to change.
@@ -47,6 +51,8 @@ def configure(
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", environ.get("XLA_FLAGS", ""))
         flags = f"{flags} --xla_force_host_platform_device_count={num_devices}"
         environ["XLA_FLAGS"] = flags.strip()
+    if importlib.metadata.version("jaxlib") in _WITH_TILES:
+        environ["XLA_FLAGS"] = _with_option(environ.get("XLA_FLAGS", ""), _NO_TILES)
     if quick_compile and not compiles_quickly(environ):
         environ["XLA_FLAGS"] = _with_quick_flags(environ.get("XLA_FLAGS", ""))
     if vmapped and _pool_can_hang(environ):
@@ -60,16 +66,23 @@ def compiles_quickly(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _with_quick_flags(given: str) -> str:
     """Add the flags that JAX 0.10 and 0.11 both know; those of the user stay."""
-    extra = "--xla_backend_extra_options="
-    flags = given.split()
-    options = [flag.removeprefix(extra) for flag in flags if flag.startswith(extra)]
-    flags = [flag for flag in flags if not flag.startswith(extra)]
-    flags.append(extra + ",".join([*options, _OLDER_EMITTERS]))
+    flags = _with_option(given, _OLDER_EMITTERS).split()
     # A program is divided into so many modules of LLVM, each of which takes its time.
     for flag, value in (("backend_optimization_level", 1), ("cpu_parallel_codegen_split_count", cores())):
         if not any(other.startswith(f"--xla_{flag}=") for other in flags):
             flags.append(f"--xla_{flag}={value}")
     return " ".join(flags)
+
+
+def _with_option(given: str, option: str) -> str:
+    """Add an option of XLA's CPU compiler to those that are there."""
+    extra = "--xla_backend_extra_options="
+    flags = given.split()
+    options = [
+        name for flag in flags if flag.startswith(extra) for name in flag.removeprefix(extra).split(",")
+    ]
+    flags = [flag for flag in flags if not flag.startswith(extra)]
+    return " ".join([*flags, extra + ",".join(dict.fromkeys([*options, option]))])
 
 
 def diagnose(environ: Mapping[str, str] = os.environ) -> list[str]:

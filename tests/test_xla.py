@@ -8,6 +8,8 @@ import pytest
 
 from jrl import xla
 
+NO_TILES = "--xla_backend_extra_options=xla_cpu_disable_tiled_emitter"
+
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -26,7 +28,7 @@ def test_newer_jaxlib_needs_nothing(machine, jaxlib, cores):
     machine(jaxlib, cores)
     environ = {}
     xla.configure(environ)
-    assert environ == {}
+    assert environ == ({"XLA_FLAGS": NO_TILES} if jaxlib in ("0.11.0", "0.11.2") else {})
     assert xla.diagnose(environ) == []
 
 
@@ -37,7 +39,8 @@ def test_a_small_pool_of_older_jaxlib_becomes_four_threads(machine, jaxlib, core
     environ = {}
     assert len(xla.diagnose(environ)) == (threads is not None)
     xla.configure(environ)
-    assert environ == ({} if threads is None else {"NPROC": threads})
+    flags = {"XLA_FLAGS": NO_TILES} if jaxlib == "0.10.2" else {}
+    assert environ == flags | ({} if threads is None else {"NPROC": threads})
     assert xla.diagnose(environ) == []
 
 
@@ -49,7 +52,7 @@ def test_four_threads_for_each_device(machine, devices, cores, threads):
     machine("0.10.2", cores)
     environ = {}
     xla.configure(environ, num_devices=devices)
-    assert environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count={devices}"
+    assert environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count={devices} {NO_TILES}"
     assert environ.get("NPROC") == threads
     assert xla.diagnose(environ) == []
 
@@ -59,7 +62,7 @@ def test_devices_the_user_asked_for_count_too(machine):
     environ = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=4"}
     xla.configure(environ)
     assert environ["NPROC"] == "16"
-    assert environ["XLA_FLAGS"].endswith("device_count=4")
+    assert environ["XLA_FLAGS"].endswith(f"device_count=4 {NO_TILES}")
 
 
 def test_the_number_of_devices_replaces_an_older_one_and_leaves_other_flags(machine):
@@ -69,6 +72,7 @@ def test_the_number_of_devices_replaces_an_older_one_and_leaves_other_flags(mach
     assert environ["XLA_FLAGS"].split() == [
         "--xla_dump_to=/tmp/x",
         "--xla_force_host_platform_device_count=8",
+        NO_TILES,
     ]
     assert "NPROC" not in environ
     xla.configure(environ, num_devices=8)
@@ -80,7 +84,7 @@ def test_what_the_user_set_stays(machine, nproc):
     machine("0.10.2", 2)
     environ = {"NPROC": nproc}
     xla.configure(environ)
-    assert environ == {"NPROC": nproc}
+    assert environ == {"NPROC": nproc, "XLA_FLAGS": NO_TILES}
     assert bool(xla.diagnose(environ)) == (nproc in ("2", "3"))
 
 
@@ -119,7 +123,7 @@ def test_quick_compile_adds_its_flags_once_and_leaves_those_of_the_user(machine)
     assert xla.compiles_quickly(environ)
     assert environ["XLA_FLAGS"].split() == [
         "--xla_force_host_platform_device_count=2",
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        f"{NO_TILES},xla_cpu_disable_new_fusion_emitters",
         "--xla_backend_optimization_level=1",
         "--xla_cpu_parallel_codegen_split_count=3",
     ]
@@ -130,7 +134,7 @@ def test_quick_compile_adds_its_flags_once_and_leaves_those_of_the_user(machine)
     xla.configure(environ, quick_compile=True)
     assert environ["XLA_FLAGS"].split() == [
         "--xla_backend_optimization_level=2",
-        "--xla_backend_extra_options=a,b=c,xla_cpu_disable_new_fusion_emitters",
+        "--xla_backend_extra_options=a,b=c,xla_cpu_disable_tiled_emitter,xla_cpu_disable_new_fusion_emitters",
         "--xla_cpu_parallel_codegen_split_count=3",
     ]
 
@@ -158,3 +162,27 @@ assert jax.jit(lambda x: jnp.sin(x) * 2 + x.sum())(jnp.ones(1000)).shape == (100
     compiled = [name for name in os.listdir(tmp_path) if name.endswith("_kernel_module.o")]
     assert compiled
     assert any("elemental_kernel_module" in name for name in compiled) == quick
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_the_compiler_makes_no_tiles(tmp_path, configured):
+    """So that another jaxlib cannot leave the option without effect, nor one make it needless unseen."""
+    code = f"""
+from jrl import xla
+if {configured}:
+    xla.configure()
+import jax, jax.numpy as jnp
+assert jax.jit(jnp.add)(jnp.ones((30, 20)), jnp.ones((30, 20))).shape == (30, 20)
+"""
+    environ = {
+        **fake.environ(),
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    (added,) = (name for name in os.listdir(tmp_path) if "jit_add" in name and name.endswith(".o"))
+    assert ("__compute_module" in added) != configured
