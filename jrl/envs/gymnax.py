@@ -275,13 +275,20 @@ def _reverse_adapter() -> type:
             if isinstance(ours, Discrete):
                 return spaces.Discrete(ours.n)
             assert isinstance(ours, Box)
-            return spaces.Box(jnp.asarray(ours.low), jnp.asarray(ours.high), ours.shape, jnp.float32)
+            # Of one component numbers, as gymnax's own: its conversion to gymnasium's spaces takes float() of them.
+            low, high = (x.item() if x.size == 1 else jnp.asarray(x) for x in (ours.low, ours.high))
+            return spaces.Box(low, high, ours.shape, jnp.float32)
 
         def observation_space(self, params: Any = None) -> Any:
             seen = self.env.observation
             if isinstance(seen, FiniteObservation):
                 return spaces.Box(0.0, 1.0, seen.shape, seen.dtype) if seen.shape else spaces.Discrete(seen.n)
-            return spaces.Box(-jnp.inf, jnp.inf, seen.shape, seen.dtype)
+            low, high = -jnp.inf, jnp.inf
+            if seen.dtype == jnp.bool_:
+                low, high = 0, 1
+            elif jnp.issubdtype(seen.dtype, jnp.integer):  # of which none is infinite
+                low, high = int(jnp.iinfo(seen.dtype).min), int(jnp.iinfo(seen.dtype).max)
+            return spaces.Box(low, high, seen.shape, seen.dtype)
 
     return FromJrl
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax.environments import environment, spaces
+from gymnax.wrappers.gym import GymnaxToGymWrapper
 
 import jrl
 from jrl.envs import from_functions, register_with_gymnax
 from jrl.envs.gymnax import to_gymnax
-from jrl.types import MultiDiscrete
+from jrl.types import Box, MultiDiscrete
 
 IDS = ["GridWorld-jrl", "TrafficLight-jrl", "Blackjack-jrl", "ProbeContinuous-jrl"]
 
@@ -111,6 +112,25 @@ def test_the_limit_of_what_is_wrapped():
                 jax.random.key(1), state, 0, params.replace(max_steps_in_episode=2)
             )
             assert truncated == expected
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Navigation2D-jrl", "Breakout-MinAtar", "bytes"])
+def test_gymnaxs_own_wrapper_for_gymnasium_takes_it(env_id):
+    """Its conversion takes float() of the bounds of one component, and gymnasium no infinite ones of bools or bytes."""
+    if env_id == "bytes":
+        zero = jnp.zeros(3, jnp.uint8)
+        ours = from_functions(
+            lambda key, params: ((), zero), lambda *args: ((), zero, 0.0, True, False), (), jrl.Discrete(2)
+        )
+    else:
+        ours = jrl.make(env_id)
+    wrapped = GymnaxToGymWrapper(to_gymnax(ours))
+    for obs in (wrapped.reset(seed=0)[0], wrapped.step(wrapped.action_space.sample())[0]):
+        assert wrapped.observation_space.contains(np.asarray(obs))
+    if isinstance(ours.action, Box):
+        np.testing.assert_array_equal(wrapped.action_space.low, ours.action.low)
+        np.testing.assert_array_equal(wrapped.action_space.high, ours.action.high)
+    assert jrl.make(to_gymnax(ours)).action == ours.action
 
 
 def test_there_and_back_again():
