@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,17 @@ def strict(env: Environment) -> Environment:
         )
 
     return env._replace(reset=reset, step=step, observation=spec[1])
+
+
+def check_whole(name: str, **values: Any) -> None:
+    """Raise ValueError for a size that is no whole number: 4.0 sizes no array either."""
+    for field, value in values.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise ValueError(
+                f"{name}: {field}={value!r}: must be a whole number, written without a point."
+            ) from None
 
 
 def action_struct(action: ActionSpace) -> jax.ShapeDtypeStruct:

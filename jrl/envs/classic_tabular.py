@@ -1,7 +1,8 @@
 """The small environments of the textbooks: a cliff, a river, a deep sea, and processes drawn at random.
 
 Each factory takes ``params`` (its record, or a mapping of fields to change) and ``raw`` (observe the state as an
-int32 index, instead of one-hot float32 ``[S]``), and raises ValueError for a parameter that does not exist.
+int32 index, instead of one-hot float32 ``[S]``), and raises ValueError for a parameter that does not exist and
+for a size that is no whole number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.envs.build import check_whole
 from jrl.envs.finite import Outcomes, Start, check_probability, from_mdp, from_outcomes, replace_params
 from jrl.envs.registry import register
 from jrl.ops.mdp import random_mdp
@@ -89,6 +91,7 @@ def river_swim(*, num_states: int = 6, params: Any = None, raw: bool = False) ->
     numbers of Osband, Russo and Van Roy 2013, arXiv:1306.0940.
     """
     name = "RiverSwim-jrl"
+    check_whole(name, num_states=num_states)
     if num_states < 3:
         raise ValueError(f"{name}: num_states={num_states}; a river has at least 3 states.")
     last = num_states - 1
@@ -144,6 +147,7 @@ def deep_sea(
     find the treasure with chance ``2^-size``.
     """
     name = "DeepSea-jrl"
+    check_whole(name, size=size, seed=0 if seed is None else seed)
     if size < 2:
         raise ValueError(f"{name}: size={size}; a sea has at least 2 rows.")
     drawn = 1 if seed is None else np.random.default_rng(seed).integers(0, 2, (size, size))
@@ -176,6 +180,7 @@ def random_process(
 ) -> Environment:
     """One process drawn by :func:`jrl.ops.mdp.random_mdp` from ``seed``; it never terminates."""
     name = "RandomMDP-jrl"
+    check_whole(name, num_states=num_states, num_actions=num_actions, seed=seed)
     mdp = random_mdp(jax.random.key(seed), num_states, num_actions, 0.9, branching=branching)
     params = replace_params(from_mdp(mdp, name=name).params, params, name)
     return from_mdp(params.mdp, start=params.start, max_steps=params.max_steps, raw=raw, name=name)

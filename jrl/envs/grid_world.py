@@ -7,12 +7,13 @@ the episode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.envs.build import check_whole
 from jrl.envs.finite import Outcomes, Start, from_outcomes, replace_params
 from jrl.envs.registry import register
 from jrl.types import Array, Discrete, Environment
@@ -80,13 +81,18 @@ def make(
         raw: observe the cell as an int32 index, instead of one-hot float32 ``[S]``.
 
     Raises:
-        ValueError: no free cell, a cell off the grid or given twice, a start that is not free, a slip that is
-            no probability, or a parameter that does not exist.
+        ValueError: a size or a cell that is no whole number, no free cell, a cell off the grid or given twice, a
+            start that is not free, a slip that is no probability, or a parameter that does not exist.
     """
-    name, num_states = "GridWorld-jrl", rows * columns
+    name = "GridWorld-jrl"
+    check_whole(name, rows=rows, columns=columns)
+    num_states = rows * columns
     cells = np.full(max(num_states, 0), FREE, np.int32)
     for field, kind, given in (("goals", GOAL, goals), ("traps", TRAP, traps), ("walls", WALL, walls)):
+        if not isinstance(given, Iterable):
+            raise ValueError(f"{name}: {field}={given!r}: must be a list of cells, such as ({given!r},).")
         for cell in given:
+            check_whole(name, **{f"a cell of {field}": cell})
             if not 0 <= cell < num_states:
                 raise ValueError(
                     f"{name}: {field} has cell {cell}; a grid of {rows} rows and {columns} columns has cells "

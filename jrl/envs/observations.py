@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.envs.build import check_whole
 from jrl.types import (
     Array,
     Discrete,
@@ -96,8 +97,9 @@ def frame_stack(env: Environment, n: int) -> Environment:
     that ends with the true successor, ``obs`` the first stack of the next episode.
 
     Raises:
-        ValueError: ``n`` is below 1.
+        ValueError: ``n`` is no whole number or below 1.
     """
+    check_whole("frame_stack", n=n)
     if n < 1:
         raise ValueError(f"frame_stack(n={n}): needs at least one frame.")
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.batched import OneOf
-from jrl.envs.build import action_struct, select
+from jrl.envs.build import action_struct, check_whole, select
 from jrl.envs.observations import check_single
 from jrl.types import Array, Box, Discrete, Environment, Key, MultiDiscrete, PyTree, TimeStep
 
@@ -29,8 +29,9 @@ def vectorize(env: Environment, num_envs: int) -> Environment:
     that is written for a whole batch (:mod:`jrl.envs.batched`) runs as it is written, on the one key.
 
     Raises:
-        ValueError: ``num_envs`` is below 1.
+        ValueError: ``num_envs`` is no whole number or below 1; when traced, actions are not one for each environment.
     """
+    check_whole("vectorize", num_envs=num_envs)
     if num_envs < 1:
         raise ValueError(f"vectorize(num_envs={num_envs}): needs at least one environment.")
     if isinstance(env.reset, OneOf) and isinstance(env.step, OneOf):
@@ -43,6 +44,11 @@ def vectorize(env: Environment, num_envs: int) -> Environment:
         return jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, num_envs), params)
 
     def step(key: Key, env_state: PyTree, action: Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        if jnp.shape(action)[:1] != (num_envs,):
+            raise ValueError(
+                f"{env.name}: actions of shape {jnp.shape(action)} for {num_envs} environments, expected "
+                f"({num_envs}, ...): a first axis with one for each."
+            )
         keys = jax.random.split(key, num_envs)
         return jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, env_state, action, params)
 

@@ -278,11 +278,12 @@ def random_mdp(
         branching: successors of a state and action, static; None means all.
 
     Raises:
-        ValueError: ``branching`` is not in 1 … ``num_states``.
+        ValueError: ``branching`` is no whole number from 1 to ``num_states``.
     """
-    if branching is not None and not 1 <= branching <= num_states:
+    if branching is not None and branching not in range(1, num_states + 1):
         raise ValueError(
-            f"random_mdp(branching={branching}): a state has between 1 and num_states={num_states} successors."
+            f"random_mdp(branching={branching}): a state has between 1 and num_states={num_states} successors, "
+            "a whole number of them."
         )
     weight_key, successor_key, reward_key = jax.random.split(key, 3)
     shape = (num_states, num_actions, num_states)

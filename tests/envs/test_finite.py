@@ -356,6 +356,25 @@ def test_what_is_wrong_is_named():
         jrl.make("RiverSwim-jrl", num_states=2)
     with pytest.raises(ValueError, match=r"DeepSea-jrl: size=1; a sea has at least 2 rows"):
         jrl.make("DeepSea-jrl", size=1)
+    for env_id, wrong in (
+        ("GridWorld-jrl", {"rows": 4.0}), ("GridWorld-jrl", {"columns": "4"}), ("DeepSea-jrl", {"size": 2.5}),
+        ("DeepSea-jrl", {"seed": 0.5}), ("RiverSwim-jrl", {"num_states": 6.0}), ("RandomMDP-jrl", {"num_actions": 2.0}),
+    ):  # fmt: skip
+        ((field, value),) = wrong.items()
+        with pytest.raises(
+            ValueError, match=rf"{env_id}: {field}={value!r}: must be a whole number, written"
+        ):
+            jrl.make(env_id, **wrong)
+    with pytest.raises(ValueError, match=r"GridWorld-jrl: a cell of walls=1.5: must be a whole number"):
+        jrl.make("GridWorld-jrl", walls=(1.5,))
+    with pytest.raises(
+        ValueError, match=r"GridWorld-jrl: goals=15: must be a list of cells, such as \(15,\)"
+    ):
+        jrl.make("GridWorld-jrl", goals=15)
+    with pytest.raises(
+        ValueError, match=r"random_mdp\(branching=1.5\): .* successors, a whole number of them"
+    ):
+        jrl.make("RandomMDP-jrl", branching=1.5)
     for env_id in IDS:
         with pytest.raises(ValueError, match=rf"{env_id}: params has no field 'limit'; it has \("):
             jrl.make(env_id, params={"limit": 3})

@@ -130,6 +130,24 @@ def test_frame_stack(shape, stacked):
     np.testing.assert_array_equal(successor[4], later[3][0] + np.array([0, 0, 1]))  # nothing of the old one
 
 
+def test_whole_numbers_and_an_action_for_each_environment():
+    env = jrl.make("CartPole-v1")
+    for num_envs in (2.0, "2"):
+        with pytest.raises(ValueError, match=rf"vectorize: num_envs={num_envs!r}: must be a whole number"):
+            envs.vectorize(env, num_envs)
+    with pytest.raises(ValueError, match=r"frame_stack: n=2.5: must be a whole number"):
+        envs.frame_stack(env, 2.5)
+    key = jax.random.key(0)
+    twice = envs.vectorize(envs.vectorize(env, 3), 2)  # a batch of batches, [2, 3, ...]
+    env_state, obs = twice.reset(key, env.params)
+    assert obs.shape == (2, 3, 4)
+    assert twice.step(key, env_state, jnp.zeros((2, 3), int), env.params)[1].reward.shape == (2, 3)
+    with pytest.raises(
+        ValueError, match=r"CartPole-v1: actions of shape \(6,\) for 2 environments, expected \(2, "
+    ):
+        twice.step(key, env_state, jnp.zeros(6, int), env.params)
+
+
 def test_frame_stack_needs_a_frame():
     with pytest.raises(ValueError, match=r"frame_stack\(n=0\)"):
         envs.frame_stack(counting(), 0)
