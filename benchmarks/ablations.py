@@ -452,6 +452,11 @@ def main() -> None:
         parser.error(f"name an ablation, or --all: {', '.join(ABLATIONS)}")
     if arguments.seeds is not None and arguments.seeds < 1:
         parser.error(f"--seeds {arguments.seeds}: must be at least 1.")
+    absent = [name for name in arguments.names if not (arguments.out / f"ablation-{name}.json").exists()]
+    if arguments.plot and absent:
+        parser.error(
+            f"--plot: there is no record of {absent[0]} in {arguments.out}; measure it first, without --plot."
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or (ABLATIONS if arguments.all or arguments.plot else ()):
         path, ablation = arguments.out / f"ablation-{name}.json", ABLATIONS[name]

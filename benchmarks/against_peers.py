@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--compile", action="store_true", help="compare cold compiling instead of speed")
     what.add_argument("--memory", action="store_true", help="compare peak memory instead of speed")
     add_work_flags(parser)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=throughput.count, default=5)
     parser.add_argument("--core", type=throughput.cores, default=[0], help="core(s) for both, as 0 or 0,1")
     parser.add_argument("--threads", type=int, help="of XLA's pool, jrl's side (default: what is safe)")
     parser.add_argument("--peer-threads", type=int, help="of the other's (default: 1 on one core, else 4)")

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, append, cores, header, machine, pin, spread, timed
+from throughput import RESULTS, append, cores, count, header, machine, pin, spread, timed
 
 SIDES = ("ours", "stacked", "cacheless")
 
@@ -178,15 +178,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, default=Decoding.batch)
-    parser.add_argument("--tokens", type=int, default=Decoding.tokens)
+    parser.add_argument("--batch", type=count, default=Decoding.batch)
+    parser.add_argument("--tokens", type=count, default=Decoding.tokens)
     parser.add_argument("--model", help="a model's folder, or llama2.c's .bin")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=count, default=5)
     parser.add_argument("--requests", type=int, default=0, help="so many texts: slots against batches")
     parser.add_argument("--end-token", type=int, default=-1, help="that ends a text, with --requests")
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
+    if arguments.requests < 0 or 0 < arguments.requests < arguments.batch:
+        parser.error(
+            f"--requests {arguments.requests}: must be at least --batch {arguments.batch}, one batch of texts, or 0."
+        )
     pin(arguments.core)
     from jrl import xla
 

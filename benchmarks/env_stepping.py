@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, append, cores, header, machine, pin, spread, timed
+from throughput import RESULTS, append, cores, count, header, machine, pin, spread, timed
 
 SIDES = ("jrl", "gymnax")
 
@@ -145,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("env", nargs="*", help="ids; all that jrl has its own version of where none is given")
-    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 1024])
-    parser.add_argument("--env-steps", type=int, default=Stepping.env_steps, help="of one repeat")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--num-envs", type=count, nargs="+", default=[64, 1024])
+    parser.add_argument("--env-steps", type=count, default=Stepping.env_steps, help="of one repeat")
+    parser.add_argument("--pairs", type=count, default=7)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)

@@ -127,8 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("algorithm", choices=tuple(DEFAULTS))
     against_peers.add_work_flags(parser)
-    parser.add_argument("--steps", type=int, help="training steps a repeat (default: 20, DQN 5,000)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--steps", type=throughput.count, help="training steps a repeat (default: 20, DQN 5,000)"
+    )
+    parser.add_argument("--repeats", type=throughput.count, default=7)
     parser.add_argument("--core", type=throughput.cores, default=[0])
     parser.add_argument("--out", type=Path, default=throughput.RESULTS)
     arguments = parser.parse_args(argv)

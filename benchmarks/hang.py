@@ -21,6 +21,8 @@ import platform
 import time
 from pathlib import Path
 
+from throughput import count
+
 from jrl import xla
 from jrl.bench.recording import commit
 from jrl.trial import hangs
@@ -58,21 +60,35 @@ def environment(setting: str) -> dict[str, str]:
     return environ
 
 
+def size(text: str) -> tuple[int, int]:
+    """Parse ``4x50``."""
+    num_envs, times, num_steps = text.partition("x")
+    if not times:
+        raise argparse.ArgumentTypeError(f"{text}: must be environments x calls of step, such as 4x50.")
+    return count(num_envs), count(num_steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=10, help="processes for each setting and size")
+    parser.add_argument("--runs", type=count, default=10, help="processes for each setting and size")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds before a process is looked at")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=["4x50", "64x5"], help="environments × calls of step")
+    parser.add_argument("--repeats", type=count, default=5)
+    parser.add_argument(
+        "--sizes",
+        type=size,
+        nargs="+",
+        default=[(4, 50), (64, 5)],
+        metavar="ENVSxCALLS",
+        help="environments and calls of step, such as 4x50",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "hang.jsonl")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for run in range(arguments.runs):
-        for size in arguments.sizes:
-            num_envs, num_steps = size.split("x")
+        for num_envs, num_steps in arguments.sizes:
             program = PROGRAM.format(num_envs=num_envs, num_steps=num_steps, repeats=arguments.repeats)
             for setting in arguments.settings:
                 environ = environment(setting)
@@ -85,8 +101,8 @@ def main() -> None:
                     "hung": hung,
                     "seconds": round(time.perf_counter() - start, 1),
                     "run": run,
-                    "num_envs": int(num_envs),
-                    "num_steps": int(num_steps),
+                    "num_envs": num_envs,
+                    "num_steps": num_steps,
                     "repeats": arguments.repeats,
                     "NPROC": environ.get("NPROC"),
                     "XLA_FLAGS": environ.get("XLA_FLAGS"),
@@ -96,7 +112,10 @@ def main() -> None:
                 }
                 with arguments.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-                print(f"{setting:28} {size:6} {'HUNG' if hung else 'ran'} {record['seconds']} s", flush=True)
+                print(
+                    f"{setting:28} {f'{num_envs}x{num_steps}':6} {'HUNG' if hung else 'ran'} {record['seconds']} s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

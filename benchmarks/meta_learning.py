@@ -245,6 +245,8 @@ def main() -> None:
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
+        elif not path.exists():
+            parser.error(f"--plot: there is no record {path}; measure it first, without --plot.")
         record = json.loads(path.read_text())
         plot(record).savefig(path.with_suffix(".png"), dpi=120)
         for kind, values in scores(record).items():

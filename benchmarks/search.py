@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, append, commit, load, machine, now, spread
+from throughput import RESULTS, append, commit, count, load, machine, now, spread
 
 from jrl import xla
 
@@ -127,17 +127,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--algo", default="ppo")
     parser.add_argument("--env", default="Acrobot-v1")
-    parser.add_argument("--env-steps", type=int, default=100_000)
+    parser.add_argument("--env-steps", type=count, default=100_000)
     parser.add_argument("--rates", type=int, default=32, help="learning rates, spaced by the logarithm")
-    parser.add_argument("--grid-seeds", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=3, help="of a search")
-    parser.add_argument("--searches", type=int, default=5)
+    parser.add_argument("--grid-seeds", type=count, default=6)
+    parser.add_argument("--seeds", type=count, default=3, help="of a search")
+    parser.add_argument("--searches", type=count, default=5)
     parser.add_argument("--eta", type=float, default=3.0)
-    parser.add_argument("--rungs", type=int, default=3, help="the last is the end of the run")
+    parser.add_argument("--rungs", type=count, default=3, help="the last is the end of the run")
     parser.add_argument("--min-env-steps", type=int, default=0, help="before which a search stops nothing")
-    parser.add_argument("--eval-episodes", type=int, default=100)
+    parser.add_argument("--eval-episodes", type=count, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.rates < 2:
+        parser.error(f"--rates {arguments.rates}: must be at least 2, to choose one of them.")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, commit, load, machine, now
+from throughput import RESULTS, commit, count, load, machine, now
 
 from jrl import xla
 
@@ -63,8 +63,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--algo", default="dqn")
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("--config", default='{"capacity": 100000}', help="fields of the Config, as JSON")
-    parser.add_argument("--env-steps", type=int, default=11_000, help="of a member, the warm-up among them")
-    parser.add_argument("--members", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--env-steps", type=count, default=11_000, help="of a member, the warm-up among them")
+    parser.add_argument("--members", type=count, nargs="+", default=[32, 64, 128])
     parser.add_argument("--once", action="store_true", help="one sweep, in this process; prints its numbers")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, append, cores, header, machine, pin, spread, timed
+from throughput import RESULTS, append, cores, count, header, machine, pin, spread, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--target", nargs="+", default=["q_learning"])
     parser.add_argument("--planning", type=int, default=0, help="planned updates a step (Dyna-Q)")
-    parser.add_argument("--learners", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--learners", type=count, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--batch", type=int, nargs="+", default=[0], help="learners at once; 0: all")
-    parser.add_argument("--unroll-length", type=int, nargs="+", default=[64])
-    parser.add_argument("--env-steps", type=int, default=Learning.env_steps, help="of one repeat")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--unroll-length", type=count, nargs="+", default=[64])
+    parser.add_argument("--env-steps", type=count, default=Learning.env_steps, help="of one repeat")
+    parser.add_argument("--repeats", type=count, default=7)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)

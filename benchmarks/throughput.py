@@ -381,6 +381,13 @@ def cores(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
+def count(text: str) -> int:
+    """Parse a whole number of at least 1: of none there is no median."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1.")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -388,10 +395,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", nargs="?", choices=(*DEFAULTS, "compile", *STEPS))
     add_work_flags(parser)
     parser.add_argument("--algorithm", choices=tuple(DEFAULTS), default="ppo", help="for compile")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
-    parser.add_argument("--capacities", type=int, nargs=2, default=[10_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=1_000, help="for dqn-…, ppo-memory: steps of a repeat")
+    parser.add_argument("--capacities", type=count, nargs=2, default=[10_000, 1_000_000])
+    parser.add_argument("--steps", type=count, default=1_000, help="for dqn-…, ppo-memory: steps of a repeat")
     parser.add_argument("--memory", default="gru", help="for ppo-memory: gru or transformer")
     parser.add_argument("--kernels", choices=("xla", "native"), default="xla", help="for dqn-rainbow")
     parser.add_argument("--fill", action="store_true", help="for dqn-…: begin with full replays")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from throughput import RESULTS, append, cores, header, machine, pin, spread, timed
+from throughput import RESULTS, append, cores, count, header, machine, pin, spread, timed
 
 SIDES = ("write", "learn")
 
@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num-envs", type=cores, default=list(Texts.num_envs), help="such as 64,4096; multiples of 16"
     )
-    parser.add_argument("--tokens", type=int, default=Texts.tokens)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=count, default=Texts.tokens)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--core", type=cores, default=[], help="core(s) to pin to, such as 0 or 0,1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", action="store_true", help="draw the last record and measure nothing")
@@ -192,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         xla.configure()
         append(path, measure(Texts(tuple(arguments.num_envs), arguments.tokens), arguments.repeats))
+    elif not path.exists():
+        parser.error(f"--plot: there is no record {path}; measure first, without --plot.")
     record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     plot(record).savefig(path.with_suffix(".png"), dpi=120)
 
