@@ -39,7 +39,7 @@ import sweep_memory  # noqa: E402
 import tabular  # noqa: E402
 import throughput  # noqa: E402
 import token_envs  # noqa: E402
-from peers import ours, protocol, purejaxrl  # noqa: E402
+from peers import ours, protocol, purejaxrl, sbx  # noqa: E402
 
 TOY_DQN = throughput.Work(
     "dqn", env_steps=200, num_envs=4, unroll_length=1, batch_size=8, capacity=100, warmup_env_steps=40
@@ -429,6 +429,16 @@ def test_a_peer_that_fails_says_so_and_writes_no_record(tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
     with pytest.raises(SystemExit, match="stoix-ppo: it is imported from a clone; pass --peer-path"):
         against_peers.make_jobs("stoix-ppo", peers.Work(), None, "python")
+
+
+@pytest.mark.parametrize("sizes", [(120, 84), (64,), (64, 64, 64)])
+def test_layers_that_the_other_library_would_not_have_are_refused(sizes):
+    """SBX's DQN reads the first width only, and its layers are two."""
+    work = peers.Work(**{**peers.DEFAULTS["dqn"], "hidden_sizes": sizes})
+    with pytest.raises(
+        ValueError, match=rf"two layers of one width.* --hidden-sizes {sizes[0]} {sizes[0]}\."
+    ):
+        sbx.training("dqn", work, None)
 
 
 def test_a_worker_that_does_not_answer_is_stopped(tmp_path):

@@ -1,5 +1,6 @@
 """Stable-Baselines3 (PyPI ``stable-baselines3``): ``PPO`` and ``DQN`` on gymnasium's environments.
 
+Its DQN has Huber's loss, and draws once a step whether all environments explore; neither can be set.
 ``stable_baselines`` serves SBX too, whose classes have the same interface.
 """
 

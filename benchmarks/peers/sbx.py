@@ -14,6 +14,12 @@ from peers.sb3 import stable_baselines
 
 
 def training(algorithm: str, work: Any, source: Path | None) -> Training:
+    sizes = tuple(work.hidden_sizes)
+    if algorithm == "dqn" and (len(sizes) != 2 or len(set(sizes)) > 1):
+        raise ValueError(
+            f"hidden_sizes={sizes}: SBX's DQN has two layers of one width, the first of these; so that both sides have "
+            f"the same network, pass --hidden-sizes {sizes[0]} {sizes[0]}."
+        )
     import flax.linen as nn
     import sbx
 
