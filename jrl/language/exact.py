@@ -102,20 +102,28 @@ def optimal_values(tree: Tree, gamma: Array | float = 1.0) -> tuple[Array, ...]:
     return _backwards(tree, step)
 
 
+def _allowed(tree: Tree, log_policy: Sequence[Array], t: int) -> Array:
+    """Return a policy over the tokens that are allowed, as learners have it under a mask; −inf for the others."""
+    kept = jnp.where(tree.allowed[t], log_policy[t], -jnp.inf)
+    return jnp.where(kept > -jnp.inf, kept - jax.nn.logsumexp(kept, -1, keepdims=True), -jnp.inf)
+
+
 @jax.jit
 def soft_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | float) -> tuple[Array, ...]:
     """The policy that maximises ``E[return] − β KL(π ‖ π_ref)``, as log-probabilities ``[V^t, V]``.
 
     ``Q = r + V'``, ``V = β log Σ_a π_ref(a) exp(Q / β)``, ``π* = π_ref exp((Q − V) / β)``: over whole texts
-    ``π* ∝ π_ref · exp(return / β)``.
+    ``π* ∝ π_ref · exp(return / β)``. Of the reference what the action mask allows counts, as for a learner.
 
     Source: Levine 2018, "Reinforcement Learning and Control as Probabilistic Inference", section 2,
     https://arxiv.org/abs/1805.00909; Rafailov et al. 2023 (DPO), equation 4, https://arxiv.org/abs/2305.18290.
     """
 
     def step(after: Array, t: int) -> tuple[Array, Array]:
-        weighed = log_reference[t] + (tree.reward[t] + after) / beta
-        return beta * jax.nn.logsumexp(weighed, -1), jax.nn.log_softmax(weighed, -1)
+        reference = _allowed(tree, log_reference, t)
+        weighed = jnp.where(reference > -jnp.inf, reference + (tree.reward[t] + after) / beta, -jnp.inf)
+        value = jax.nn.logsumexp(weighed, -1)
+        return beta * value, jnp.where(weighed > -jnp.inf, weighed - value[:, None], -jnp.inf)
 
     return _backwards(tree, step)
 
@@ -129,10 +137,11 @@ def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | f
 
     Source: derived so in Vojnović and Yun 2025, "What is the Alignment Objective of GRPO?",
     https://arxiv.org/abs/2502.18548. Here without the division by the group's standard deviation: divide β by it.
+    The reference counts as in :func:`soft_policy`.
     """
 
     def step(after: Array, t: int) -> tuple[Array, Array]:
-        q, reference = tree.reward[t] + after, jnp.exp(log_reference[t])
+        q, reference = tree.reward[t] + after, jnp.exp(_allowed(tree, log_reference, t))
         possible = reference > 0  # what the reference never says has no part in V
         best = jnp.where(possible, q, -jnp.inf).max(-1, keepdims=True)
         worse = jnp.where(possible, best - q, 0.0)
@@ -150,7 +159,7 @@ def penalised_policy(tree: Tree, log_reference: Sequence[Array], beta: Array | f
         # Of u = β + V − max Q, between β π_ref of the best and β; its logarithm, as π_ref may be tiny.
         bounds = jnp.log(beta * share), jnp.broadcast_to(jnp.log(beta), share.shape)
         u = jnp.exp(jax.lax.fori_loop(0, 60, halve, bounds)[1])
-        log_policy = jax.nn.log_softmax(jnp.log(weights(u)), -1)
+        log_policy = jnp.where(possible, jax.nn.log_softmax(jnp.log(weights(u)), -1), -jnp.inf)
         return jnp.where(possible, jnp.exp(log_policy) * q, 0.0).sum(-1), log_policy
 
     return _backwards(tree, step)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl.language import exact, tasks
-from jrl.language.environments import Prompts, TokenReward, token_mdp
+from jrl.language import exact, grammar, tasks
+from jrl.language.environments import Prompts, TokenReward, at_end, token_mdp
 
 V, T, EOS = 3, 3, 0
 
@@ -89,6 +89,33 @@ def test_expectation_divergence_and_gradient_are_those_of_the_list(solved):
     # ∂/∂logit_a E[R] = Σ_text p(text) R ([first = a] − π(a)).
     slow = [(p * returns * ((first == a) - np.exp(float(log_reference[0][0, a])))).sum() for a in range(V)]
     np.testing.assert_allclose(grads, slow, atol=1e-5)
+
+
+def test_under_a_grammar_only_its_texts_are_said():
+    """Texts ``x`` and ``yx`` alone: of a reference that knows no grammar, what the mask leaves of it counts."""
+    texts, returns, reference = [[2], [1, 2]], [0.3, -0.5], np.array([0.2, 0.3, 0.5])  # ids: 0 end, 1 y, 2 x
+    reward = at_end(lambda text: jnp.where(text.length == 3, *returns))  # a prompt, the text and its end
+    env = token_mdp(
+        Prompts([[1]], [1]),
+        reward,
+        vocab_size=V,
+        max_new_tokens=T,
+        eos=EOS,
+        grammar=grammar.compile("y?x", "-yx"),
+    )
+    tree, beta = exact.enumerate_prefixes(env), 0.7
+    unaware = [jnp.broadcast_to(jnp.log(reference), x.shape) for x in tree.reward]
+    aware = [jnp.where(mask, x, -jnp.inf) for x, mask in zip(unaware, tree.allowed, strict=True)]
+    p = np.array([0.5, 0.3]) / 0.8
+    tilted = p * np.exp(np.array(returns) / beta)
+    for log_reference in (unaware, aware):
+        soft, rest = (f(tree, log_reference, beta) for f in (exact.soft_policy, exact.penalised_policy))
+        ours = np.exp(text_log_prob(soft, [[*text, EOS] for text in texts]))
+        np.testing.assert_allclose(ours, tilted / tilted.sum(), rtol=1e-5)
+        pi = np.exp(text_log_prob(rest, [[*text, EOS] for text in texts]))
+        np.testing.assert_allclose(pi.sum(), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(pi * (returns - pi @ returns), beta * (pi - p), atol=1e-5)
+        np.testing.assert_allclose(exact.expectation(tree, rest), pi @ returns, rtol=1e-5)
 
 
 def test_small_penalties_give_the_greedy_policy_and_large_ones_the_reference():
