@@ -66,6 +66,7 @@ def bleu_statistics(
             f"bleu_statistics: tokens {tokens.shape} with length {length.shape}, references {references.shape} with "
             f"reference_lengths {reference_lengths.shape}: expected [..., L], [...], [..., R, M] and [..., R]."
         )
+    tokens, references = _with_room(tokens), _with_room(references)
     size, count, longest = tokens.shape[-1], *references.shape[-2:]
     # What is behind a text's end equals nothing, not even itself.
     text = _fenced(tokens.reshape(-1, size), length.reshape(-1), -1).T
@@ -321,6 +322,11 @@ def _fenced(tokens: Array, length: Array, fence: int) -> Array:
     return jnp.where(jnp.arange(tokens.shape[-1]) < length[..., None], tokens, fence)
 
 
+def _with_room(x: Array) -> Array:
+    """Return ``x`` itself, or one place of padding where it has room for no token at all."""
+    return x if x.shape[-1] else jnp.zeros((*x.shape[:-1], 1), jnp.int32)
+
+
 def _pair(
     tokens: Array, length: Array, reference: Array, reference_length: Array
 ) -> tuple[Array, Array, tuple[int, ...]]:
@@ -333,8 +339,7 @@ def _pair(
         )
 
     def columns(x: Array, length: Array, fence: int) -> Array:
-        if not x.shape[-1]:  # room for no token at all: as good as one place of padding
-            x = jnp.zeros((*batch, 1), jnp.int32)
+        x = _with_room(x)
         return _fenced(x, length, fence).reshape(-1, x.shape[-1]).T
 
     return columns(tokens, length, -1), columns(reference, reference_length, -2), batch

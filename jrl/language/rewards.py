@@ -67,17 +67,17 @@ def bleu(smoothing: str = "exp", order: int = 4) -> Score:
 
 def rouge_l(text: Text) -> Array:
     """ROUGE-L's F of the completion, 0 to 1: the best over the references."""
-    return _against_each(text, lambda *pair: metrics.rouge_l(*pair).f).max()
+    return _best(text, lambda *pair: metrics.rouge_l(*pair).f)
 
 
 def exact_match(text: Text) -> Array:
     """1 where the text is finished and its completion one of the references, else 0."""
-    return _against_each(text, metrics.exact_match).max() * text.finished
+    return _best(text, metrics.exact_match) * text.finished
 
 
 def edit_similarity(text: Text) -> Array:
     """``max(0, 1 − edit distance / reference's length)`` of the completion, the best over the references."""
-    return _against_each(text, lambda *pair: jnp.maximum(0.0, 1.0 - metrics.word_error_rate(*pair))).max()
+    return _best(text, lambda *pair: jnp.maximum(0.0, 1.0 - metrics.word_error_rate(*pair)))
 
 
 def edit_similarity_ahead(text: Text) -> Array:
@@ -94,17 +94,17 @@ def edit_similarity_ahead(text: Text) -> Array:
         distance = metrics.prefix_distance(tokens, length, reference, reference_length)
         return jnp.maximum(0.0, 1.0 - distance / jnp.maximum(reference_length, 1).astype(jnp.float32))
 
-    return _against_each(text, ahead).max()
+    return _best(text, ahead)
 
 
-def _against_each(text: Text, metric: Callable[..., Array]) -> Array:
-    """Return ``metric`` against every reference ``[R]``; −inf for those that are not there."""
+def _best(text: Text, metric: Callable[..., Array]) -> Array:
+    """Return the best ``metric``, at least 0, against the references that are there; 0, as BLEU, where none is."""
     tokens, length = completion(text)
     reference: References = text.reference
     value = jax.vmap(metric, (None, None, 0, 0))(
         tokens, length, reference.tokens, jnp.maximum(reference.length, 0)
     )
-    return jnp.where(reference.length >= 0, value, -jnp.inf)
+    return jnp.where(reference.length >= 0, value, 0.0).max()
 
 
 # ------------------------------------------------------------------------------------------ without references

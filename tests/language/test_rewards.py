@@ -36,6 +36,16 @@ def test_against_references():
     assert 0.0 < rewards.bleu()(text([7, 7], [1, 3], reference=many)) < 1.0
 
 
+@pytest.mark.parametrize(
+    "name", ["bleu", "rouge_l", "exact_match", "edit_similarity", "edit_similarity_ahead"]
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_without_any_reference_there_is_nothing_to_earn(name, finished):
+    nothing = text([7, 7], [1, 2], finished, reference=references([], []))
+    score = rewards.bleu() if name == "bleu" else getattr(rewards, name)
+    assert score(nothing) == jax.jit(score)(nothing) == 0.0
+
+
 def test_without_references():
     weights = jnp.array([0.0, 1.0, -1.0, *[0.0] * 7])
     assert rewards.lexicon(weights)(text([2], [1, 1, 2, 0])) == 0.25
