@@ -117,7 +117,7 @@ def _config(record: Mapping[str, Any]) -> Config:
         max_length=record["max_position_embeddings"],
         head_size=record.get("head_dim") or 0,
         norm_eps=record.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", record.get("rope_theta", 10_000.0))),
+        rope_theta=rope.get("rope_theta", record.get("rope_theta", 10_000.0)),
         bias="qkv" if kind == "qwen2" else "none",
         qk_norm=kind == "qwen3",
         tied_embeddings=record.get("tie_word_embeddings", False),

@@ -27,6 +27,7 @@ _CHOICES = {
     "bias": ("none", "qkv", "all"),
     "mlp": ("swiglu", "gelu"),
 }
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 _SIZES = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "width", "mlp_width", "max_length")
 
 
@@ -84,8 +85,10 @@ class Config:
                 raise ValueError(f"{name}={value}: must be at least {lowest}.")
         for name in ("norm_eps", "rope_theta", "init_scale"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value!r}: must be a finite number above 0.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value <= _LARGEST:
+                raise ValueError(f"{name}={value!r}: must be a number above 0 that float32 holds.")
+            object.__setattr__(self, name, float(value))  # of an integer only 32 bits would count
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}.")

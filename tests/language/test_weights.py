@@ -212,6 +212,8 @@ def llama2c(config):
         ({"hidden_size": "4"}, "width='4': must be an integer"),
         ({"num_hidden_layers": 3}, r"lacks the tensor 'model\.layers\.2\.self_attn"),
         ({"num_hidden_layers": 1}, "has tensors that a llama of its config.json has not: model.layers.1"),
+        ({"rope_theta": 10**400}, "rope_theta=10{400}: must be a number above 0 that float32 holds"),
+        ({"rms_norm_eps": "small"}, "norm_eps='small': must be a number above 0"),
         ({"intermediate_size": 10**15}, r"the configuration says float \[1000000000000000, 4\]"),
     ],
 )

@@ -203,11 +203,19 @@ def test_heads_added_to_a_model_leave_its_logits_and_start_at_zero():
         ({"dueling": True}, ValueError, "dueling=True without a Q head"),
         ({"width": 0}, ValueError, "width=0: must be at least 1"),
         ({"width": 16.0}, TypeError, "width=16.0: must be an integer"),
+        ({"rope_theta": 1e39}, ValueError, "rope_theta=1e\\+39: must be a number above 0 that float32 holds"),
+        ({"norm_eps": 0}, ValueError, "norm_eps=0: must be a number above 0"),
     ],
 )
 def test_impossible_configs_are_refused(change, error, text):
     with pytest.raises(error, match=text):
         transformer.Config(**SIZES | change)
+
+
+def test_a_whole_number_is_a_real_one_also_beyond_32_bits(case):
+    big, real = (dataclasses.replace(case.config, rope_theta=theta) for theta in (10**12, 1e12))
+    output = transformer.forward(case.params, big, case.tokens)
+    assert_outputs(output, transformer.forward(case.params, real, case.tokens))
 
 
 def test_texts_longer_than_the_context_or_the_cache_are_refused():
