@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ def automaton(
     distance = np.where(ends, 0, len(table) + 1)
     for _ in range(len(table)):
         through = np.where(table >= 0, distance[np.maximum(table, 0)], len(table) + 1).min(1) + 1
+        if (through >= distance).all():
+            break
         distance = np.minimum(distance, through)
     if distance[0] > len(table):
         raise ValueError("automaton: it accepts no text: no accepting state can be reached from state 0.")
@@ -110,7 +113,8 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
     """Compile a regular expression over single-character symbols.
 
     ``a b`` concatenation (no blanks), ``a|b``, ``a*``, ``a+``, ``a?``, ``a{2}``, ``a{2,5}``, ``a{2,}``, ``(…)``,
-    ``[a-z,]``, ``.`` for any symbol, ``\\`` before a special character. The whole text must match.
+    ``[a-z,]``, ``.`` for any symbol, ``\\`` before a special character. The whole text must match: ``^`` and
+    ``$`` say nothing more, and are refused without the backslash.
 
     Source: Thompson 1968, "Regular Expression Search Algorithm", https://doi.org/10.1145/363347.363387, and the
     subset construction (Rabin and Scott 1959).
@@ -120,11 +124,15 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
         symbols: the character of each token, in the order of the ids; a token of another length matches nothing.
 
     Raises:
-        ValueError: a malformed expression, with the place, or one that no text matches.
+        ValueError: a malformed expression, with the place, one that no text matches, or one of more than 5,000 states
+            beside those that its length accounts for, its repetitions written out.
     """
+    most_states = 5_000 + 5 * len(pattern)
     edges: list[list[tuple[frozenset[int] | None, int]]] = []  # a set of tokens, or None for a free move
 
     def state() -> int:
+        if len(edges) == most_states:
+            raise fail(f"more than {most_states:,} states, its repetitions written out (use smaller ones),")
         edges.append([])
         return len(edges) - 1
 
@@ -184,6 +192,10 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
                 edges[first].append((frozenset(i for i, s in enumerate(symbols) if len(s) == 1), last))
             case "*" | "+" | "?" | "{" | ")":
                 raise fail(f"{peek()!r} has nothing before it")
+            case "^" | "$":
+                raise fail(
+                    f"the whole text must match anyway; a character {peek()} is written \\{peek()}, and {peek()!r}"
+                )
             case _:
                 edges[first].append((tokens_of({literal()}), last))
         return first, last
@@ -255,6 +267,7 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
     if place < len(pattern):
         raise fail("a parenthesis was never opened")
 
+    @functools.cache
     def closure(states: frozenset[int]) -> frozenset[int]:
         found, waiting = set(states), list(states)
         while waiting:
@@ -268,12 +281,18 @@ def compile(pattern: str, symbols: Sequence[str]) -> Automaton:
     table: list[list[int]] = []
     waiting = list(numbers)
     while waiting:
-        here = waiting.pop(0)
+        reached: list[set[int]] = [set() for _ in symbols]
+        for label, to in (edge for here in waiting.pop(0) for edge in edges[here]):
+            for token in label or ():
+                reached[token].add(to)
         row = []
-        for token in range(len(symbols)):
-            to = frozenset(t for s in here for label, t in edges[s] if label is not None and token in label)
-            there = closure(to)
+        for there in (closure(frozenset(states)) for states in reached):
             if there and there not in numbers:
+                if len(numbers) == most_states:
+                    raise ValueError(
+                        f"grammar.compile({pattern!r}): more than {most_states:,} states, as what may follow depends "
+                        "on too much of what was said before; use smaller repetitions."
+                    )
                 numbers[there] = len(numbers)
                 waiting.append(there)
             row.append(numbers[there] if there else -1)

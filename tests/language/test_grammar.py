@@ -86,6 +86,11 @@ def test_what_it_refuses():
         "z": "accepts no text",
         "(" * 3000 + "a" + ")" * 3000: "parentheses are nested too deeply",
         "[ab": "ends too early",
+        "^ab": r"the whole text must match anyway; a character ^ is written \^, and '^' at character 0",
+        "(ab)$": r"a character $ is written \$, and '$' at character 4",
+        "a{99999999}": "more than 5,055 states, its repetitions written out (use smaller ones), at character 0",
+        "((a{99}){99}){99}": "states, its repetitions written out",
+        "(a|b)*a(a|b){20}": "states, as what may follow depends on too much",
         r"a\d+": r"\d is not known: write a set such as [0-9], or the character itself, at character 2",
         r"[\w]": r"\w is not known",
     }.items():
