@@ -97,7 +97,7 @@ def build(
         return Setup(algo, environment, None, numbers, "algorithm", None, env_id, env_kwargs, prng)
     module = load(algorithm)
     config = _instance(module.Config, config, "config")
-    _check_sizes(config)
+    check_sizes(config)
     hparams = _fill_env(_instance(module.HParams, hparams, "hparams"), environment)
     # HParams first: a bad number should be named before a network is built.
     algo = _drawing_from(prng, module.make(environment, config))
@@ -164,7 +164,7 @@ def _instance(cls: type, value: Any, what: str) -> Any:
     return cls(**value)
 
 
-def _check_sizes(config: Any) -> None:
+def check_sizes(config: Any) -> None:
     """Refuse what no program could hold, by name; JAX would say that an integer overflowed, and not which."""
     for name, value in _fields(config).items():
         for number in value if isinstance(value, tuple | list) else [value]:

@@ -99,6 +99,8 @@ def train(
     """
     driver.check_numbers(tokens=options.tokens, seed=options.seed, keep=options.keep)
     driver.check_numbers(checkpoint_seconds=options.checkpoint_seconds)
+    for sizes in (model, config):
+        configuration.check_sizes(sizes)
     assert options.out is not None
     records.check_new(options.out, options.overwrite)
     records.check_not_needed(options.out, options.model, "teacher" if kind == "distill" else "--model")

@@ -222,6 +222,10 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         assert f"--student-config {tmp_path / name} is no JSON object" in error
     corpus = tmp_path / "short.txt"
     corpus.write_text("to be " * 10)
+    for name in ("batch_size", "updates_per_step", "width"):
+        given = "--" + name.replace("_", "-"), 10**11
+        error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", *given)
+        assert f"{name}={10**11}: must be below 2**31" in error
     error = fails(capsys, "pretrain", "--corpus", corpus, "--out", tmp_path / "y", "--max-length", "64")
     assert "a corpus of 54 tokens is shorter than a window of sequence_length=64" in error
     assert not (tmp_path / "y").exists()
