@@ -19,7 +19,16 @@ import numpy as np
 from jrl import ops
 from jrl.networks import distribution, mask_aware
 from jrl.optim import adam
-from jrl.types import ActionSpace, Array, Key, MaskedObservation, Network, Params, PyTree
+from jrl.types import (
+    ActionSpace,
+    Array,
+    Discrete,
+    Key,
+    MaskedObservation,
+    Network,
+    Params,
+    PyTree,
+)
 
 
 def warm_start(state: Any, params: Params) -> Any:
@@ -110,15 +119,21 @@ def cloning_loss(network: Network, action: ActionSpace) -> Callable[[Params, PyT
     Args:
         network: ``obs ↦ (policy head, value)`` without memory, as PPO's. Of a
             :class:`~jrl.types.MaskedObservation` it sees the observation, and π leaves out what the mask forbids.
-        action: the space that the head is for.
+        action: the space that the head is for. Of actions that are not in it, where there are finitely many, the loss
+            is nan.
     """
     policy = distribution(action)
+    count = action.n if isinstance(action, Discrete) else getattr(action, "ns", None)
     network = mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
 
     def loss(params: Params, batch: PyTree) -> Array:
         obs, action = batch
         (head, _), _ = network.apply(params, obs, ())
-        return -policy(head).log_prob(action).mean()
+        log_prob = policy(head).log_prob(action)
+        if count is not None:
+            inside = ((action >= 0) & (action < jnp.asarray(count))).reshape(*log_prob.shape, -1).all(-1)
+            log_prob = jnp.where(inside, log_prob, jnp.nan)  # log_prob takes it for the likeliest one
+        return -log_prob.mean()
 
     return loss
 

@@ -14,7 +14,7 @@ from jrl import dqn, grpo, networks, ppo, sac, stages, tabular
 from jrl.envs import to_mdp
 from jrl.language import tasks
 from jrl.ops import mdp
-from jrl.types import MaskedObservation, Network
+from jrl.types import Discrete, MaskedObservation, MultiDiscrete, Network
 
 GAMMA = 0.95
 SIZES = {"num_envs": 4, "batch_size": 8, "capacity": 64, "warmup_env_steps": 32, "hidden_sizes": (8,)}
@@ -115,6 +115,23 @@ def test_cloning_sees_the_mask_as_ppo_does():
     # One action is allowed: it has all the probability. Without the mask two share it.
     assert loss(params, (obs, jnp.zeros(5, jnp.int32))) == 0.0
     assert loss(params, (obs.obs, jnp.zeros(5, jnp.int32))) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("space", "inside", "outside"),
+    [
+        (Discrete(2), [[0, 1]], [[0, 2], [-1, 0]]),
+        (MultiDiscrete((3, 2)), [[[2, 1], [0, 0]]], [[[2, 1], [0, 2]], [[2, -1], [0, 0]]]),
+    ],
+)
+def test_an_action_outside_of_the_space_is_seen_in_the_loss(space, inside, outside):
+    """It counted as one as likely as the best, whose gradient made all others less likely."""
+    width = space.n if isinstance(space, Discrete) else sum(space.ns)
+    network = Network(lambda *_: (), lambda params, obs, memory: ((jnp.zeros((2, width)), 0.0), memory))
+    loss = stages.cloning_loss(network, space)
+    for actions, expected in ((inside, np.log(2) + np.log(3) * (width > 2)), (outside, np.nan)):
+        for action in actions:
+            np.testing.assert_allclose(loss((), (jnp.zeros((2, 1)), jnp.array(action))), expected, rtol=1e-6)
 
 
 # -------------------------------------------------------------------------------- how much sooner it arrives
