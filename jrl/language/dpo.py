@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -104,7 +105,8 @@ def make(
 
     Raises:
         TypeError: ``env`` or ``config`` is not what it should be.
-        ValueError: a preference outside [0, 1], an empty text, or one that the environment's grammar does not allow.
+        ValueError: as :func:`jrl.language.preferences.check`, a text that the environment cannot hold, or one that its
+            grammar does not allow.
     """
     config = checks.config(config, Config)
     optimizer = by_kernels(optimizer, "xla")
@@ -112,7 +114,7 @@ def make(
     model = models.of_config(env, config) if model is None else model
     if pairs is not None:
         preferences.check(pairs)
-        _check_grammar(env, pairs)
+        _check_texts(env, pairs)
     act = models.actor(model, cache=False)
 
     def draw(key: Key, params: Params, env_params: PyTree) -> Pairs:
@@ -203,9 +205,17 @@ def make(
     return Algorithm(init, step, policy, tokens_a_step, env)
 
 
-def _check_grammar(env: Environment, pairs: Pairs) -> None:
-    """Raise ValueError for a text that the grammar does not allow: its probability is 0 whatever the policy."""
+def _check_texts(env: Environment, pairs: Pairs) -> None:
+    """Raise ValueError for a text that cannot be said: its probability is 0 whatever the policy."""
     spec = token_step(env, "dpo")
+    texts, least = np.stack([pairs.first, pairs.second]), np.min(pairs.prompt_length)
+    longest, most = spec.max_prompt + spec.max_new_tokens, ((texts >= 0).sum(-1) - pairs.prompt_length).max()
+    if texts.shape[2] != longest or texts.max() >= spec.vocab_size or most > spec.max_new_tokens or least < 1:
+        raise ValueError(
+            f"dpo: texts {texts.shape[1:]} of tokens up to {texts.max()}, at most {most} of them behind prompts of at "
+            f"least {least}, on {env.name}: expected [M, {longest}], tokens below {spec.vocab_size}, at most "
+            f"{spec.max_new_tokens} of them, and prompts of at least 1."
+        )
     for name in ("first", "second"):
         tokens, prompt_length = (
             jnp.asarray(x, jnp.int32) for x in (getattr(pairs, name), pairs.prompt_length)

@@ -51,6 +51,29 @@ def actions(texts: Texts, steps: int) -> tuple[Array, Array]:
     return jnp.where(said, action, 0), said
 
 
+def check(texts: Texts, caller: str, which: str = "text {row}") -> None:
+    """Raise ValueError unless there are texts, each in one piece with something behind its prompt.
+
+    JAX clamps an index past the end: rows that do not belong together would be learned in silence.
+    """
+    tokens, prompt_length = np.asarray(texts.tokens), np.asarray(texts.prompt_length)
+    if tokens.ndim != 2 or not len(tokens) or prompt_length.shape != tokens.shape[:1]:
+        raise ValueError(
+            f"{caller}: tokens {tokens.shape} with prompt_length {prompt_length.shape}: expected [M, L] and [M], M at "
+            "least 1."
+        )
+    length = (tokens >= 0).sum(1)
+    for wrong, why in (
+        (
+            ((tokens >= 0) != (np.arange(tokens.shape[1]) < length[:, None])).any(1),
+            "has a -1 between its tokens; -1 is behind the end alone",
+        ),
+        (length <= prompt_length, "is empty: it has nothing behind its prompt"),
+    ):
+        if wrong.any():
+            raise ValueError(f"{caller}: {which.format(row=int(np.argmax(wrong)))} {why}.")
+
+
 def fit(
     key: Key,
     model: Model,
@@ -76,13 +99,9 @@ def fit(
         The parameters, and the loss in nats a token at every step ``[num_steps]``.
 
     Raises:
-        ValueError: no text, or one without a generated token.
+        ValueError: as :func:`check`.
     """
-    lengths = (np.asarray(texts.tokens) >= 0).sum(1) - np.asarray(texts.prompt_length)
-    if not lengths.size or lengths.min() < 1:
-        raise ValueError(
-            f"imitation.fit: {lengths.size} texts, some with nothing behind the prompt: nothing to imitate."
-        )
+    check(texts, "imitation.fit")
     init_key, draw_key = jax.random.split(key)
     params = model.init(init_key) if params is None else params
     texts = Texts(jnp.asarray(texts.tokens), jnp.asarray(texts.prompt_length))

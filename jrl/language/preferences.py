@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jrl.language.models import Model, text_length
+from jrl.language import imitation
+from jrl.language.models import Model
 from jrl.language.rewards import Score, Text
 from jrl.optim import adam
 from jrl.types import Array, Key, Params
@@ -77,7 +79,7 @@ def fit(
         The parameters, and the loss at every step ``[num_steps]``.
 
     Raises:
-        ValueError: a preference outside [0, 1], or an empty text.
+        ValueError: as :func:`check`.
     """
     check(pairs)
     return _fit(
@@ -87,15 +89,17 @@ def fit(
 
 def check(pairs: Pairs) -> None:
     """Raise ValueError unless the pairs are some, hold texts, and are preferred with probabilities."""
-    preference = jnp.asarray(pairs.preference)
+    preference = np.asarray(pairs.preference)
     if not len(preference) or not ((preference >= 0) & (preference <= 1)).all():
         raise ValueError(f"pairs: {len(preference)} of them, preferences must be probabilities, 0 to 1.")
+    first, second = np.shape(pairs.first), np.shape(pairs.second)
+    if first != second or first[:1] != preference.shape:
+        raise ValueError(
+            f"pairs: first {first}, second {second}, preference {preference.shape}: expected [M, L], [M, L] and [M]."
+        )
     for name in ("first", "second"):
-        length = text_length(jnp.asarray(getattr(pairs, name)))
-        if (length <= jnp.asarray(pairs.prompt_length)).any():
-            raise ValueError(
-                f"pairs: text {int(jnp.argmin(length - pairs.prompt_length))} of {name} is empty."
-            )
+        texts = imitation.Texts(getattr(pairs, name), pairs.prompt_length)
+        imitation.check(texts, "pairs", f"text {{row}} of {name}")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))

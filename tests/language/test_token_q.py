@@ -263,6 +263,43 @@ def test_what_preferences_refuse():
         dpo.make(env, pairs=pairs)
     with pytest.raises(ValueError, match="preferences must be probabilities"):
         preferences.check(pairs._replace(preference=jnp.array([jnp.nan])))
+    texts, ones = np.array([[0, 1, 1], [0, 1, -1]]), np.ones(2, int)
+    right = preferences.Pairs(texts, texts, ones, np.array([1.0, 0.5]))
+    preferences.check(right)
+    for change, message in (
+        ({"preference": np.ones(3)}, r"first \(2, 3\), second \(2, 3\), preference \(3,\): expected"),
+        ({"second": texts[:1]}, r"second \(1, 3\)"),
+        ({"prompt_length": np.ones(1, int)}, r"tokens \(2, 3\) with prompt_length \(1,\)"),
+        ({"first": np.array([[0, 1, 1], [0, -1, 1]])}, "text 1 of first has a -1 between its tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preferences.fit(jax.random.key(0), models.table(env), right._replace(**change), num_steps=1)
+    for change in ({"prompt_length": 0 * ones}, {"first": 2 * texts}, {}):  # the texts of env are of 2 tokens
+        pairs = preferences.Pairs(texts[:, :2], texts[:, :2], ones, right.preference) if change else right
+        with pytest.raises(
+            ValueError, match=r"expected \[M, 2\], tokens below 2, at most 1 of them, and prompts"
+        ):
+            dpo.make(env, pairs=pairs._replace(**{name: x[..., :2] for name, x in change.items()}))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (imitation.Texts(np.zeros((0, 3), int), np.ones(0, int)), r"tokens \(0, 3\)"),
+        (
+            imitation.Texts(np.array([[0, 1]]), np.ones(2, int)),
+            r"prompt_length \(2,\): expected \[M, L\] and",
+        ),
+        (imitation.Texts(np.array([[0, 1, 1], [0, -1, 1]]), np.ones(2, int)), "text 1 has a -1 between"),
+        (
+            imitation.Texts(np.array([[0, 1], [0, -1]]), np.ones(2, int)),
+            "text 1 is empty: it has nothing behind",
+        ),
+    ],
+)
+def test_texts_that_are_none_are_not_imitated(texts, message):
+    with pytest.raises(ValueError, match=message):
+        imitation.fit(jax.random.key(0), models.table(tasks.random_rewards(2, 1)), texts, num_steps=1)
 
 
 def test_a_scorer_is_part_of_the_kernel():
