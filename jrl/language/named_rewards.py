@@ -119,6 +119,8 @@ def build(specs: Sequence[str], source: Source) -> tuple[TokenReward, Rating]:
 def _make(spec: Spec, source: Source) -> tuple[Score, Score | None]:
     """Return a score of whole texts and, where it is paid token by token, what the last token of a text earns."""
     most, size = source.max_new_tokens, len(source.pieces)
+    if spec.name in ("likelihood", "finished") and spec.argument:
+        raise ValueError(f"{spec.name} has no argument: leave :{spec.argument} out.")
     match spec.name:
         case "ngram":
             model = ngrams.fit([source.corpus().tolist()], size, _number(spec, 3))
@@ -148,9 +150,11 @@ def _number(spec: Spec, default: int) -> int:
 
 
 def _words(argument: str) -> dict[str, float]:
-    words = {}
+    words: dict[str, float] = {}
     for item in argument.split(","):
         word, equals, worth = item.strip().partition("=")
+        if word.lower() in map(str.lower, words):
+            raise ValueError(f"the word {word!r} is listed twice, upper and lower case alike; keep one.")
         try:
             words[word] = float(worth) if equals else 1.0
         except ValueError:

@@ -146,6 +146,9 @@ def test_rewards_of_whole_texts():
         "1e999*finished": r"--reward 1e999\*finished: expected .* a finite number as weight",
         "ngram:0": "--reward ngram:0: .*whole number of at least 1",
         "lexicon:b=c": "'b=c': expected WORD or WORD=NUMBER",
+        "lexicon:ab,c,AB=-1": "the word 'AB' is listed twice, upper and lower case alike",
+        "finished:7": "finished has no argument: leave :7 out",
+        "likelihood:a": "likelihood has no argument: leave :a out",
         "format:(a": "a parenthesis is not closed at character 2",
     }.items():
         with pytest.raises(ValueError, match=message):
