@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -75,19 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     enable_compilation_cache(os.environ)
     debug = "--debug" in args or os.environ.get("JRL_DEBUG", "0") not in ("", "0")
     args = [arg for arg in args if arg not in ("--debug", QUICK)]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return 0
-    if args[0] == "--version":
-        print(f"jrl {__version__}")
-        return 0
-    if args[0] not in COMMANDS:
-        return _complain(f"there is no command {args[0]!r}. Commands: {', '.join(COMMANDS)}; see jrl --help.")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("always", RunWarning)
-            code = COMMANDS[args[0]](args[1:])
+            code = _command(args)
             sys.stdout.flush()  # here, where a reader that has gone is no error; not when Python ends
             return code
     except KeyboardInterrupt:
@@ -98,6 +91,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _complain(str(error) or repr(error), code=3 if isinstance(error, FloatingPointError) else 2)
+
+
+def _command(args: Sequence[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if args[0] == "--version":
+        print(f"jrl {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        return _complain(f"there is no command {args[0]!r}. Commands: {', '.join(COMMANDS)}; see jrl --help.")
+    try:
+        return COMMANDS[args[0]](args[1:])
+    except SystemExit:  # so ends what only prints a help
+        sys.stdout.flush()
+        raise
 
 
 def enable_compilation_cache(environ: MutableMapping[str, str]) -> None:
@@ -147,13 +156,19 @@ def _is_sweep(path: Path) -> bool:
 
 
 def _has_no_reader(stream: TextIO) -> bool:
-    """Tell whether what a stream still holds can no longer be written, and drop it then."""
+    """Tell whether nobody can read any more what a stream is given, and drop what it still holds then."""
     try:
         stream.flush()
+        gone = select.poll()
+        gone.register(stream, 0)  # with PYTHONUNBUFFERED it holds nothing, and there is nothing to fail
+        broken = any(event & select.POLLERR for _, event in gone.poll(0))
     except BrokenPipeError:
+        broken = True
+    except (AttributeError, OSError, ValueError):  # Windows, and what is no file of the system
+        broken = False
+    if broken:
         silence(stream)
-        return True
-    return False
+    return broken
 
 
 def _complain(text: str, code: int = 2) -> int:

@@ -158,14 +158,19 @@ def test_train_eval_plot_resume(tmp_path, capsys):
     assert "warning: checkpoint" in capsys.readouterr().err
 
 
-def start_without_a_reader(*args):
+def start_without_a_reader(*args, **environ):
     """Start the command with its standard output a pipe that nobody reads any more."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "jrl", *args]
     try:
         return subprocess.run(
-            command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=fake.environ()
+            command,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=fake.environ() | environ,
         )
     finally:
         os.close(write)
@@ -181,8 +186,10 @@ def test_a_run_whose_output_nobody_reads_trains_to_its_end(shown, tmp_path):
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
-def test_a_command_that_only_lists_ends_with_its_reader():
-    done = start_without_a_reader("algos")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "algos", "train ppo --help"])
+def test_a_command_that_only_lists_ends_with_its_reader(command, unbuffered):
+    done = start_without_a_reader(*command.split(), PYTHONUNBUFFERED=unbuffered)
     assert (done.returncode, done.stderr) == (0, "")
 
 
