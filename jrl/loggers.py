@@ -6,11 +6,14 @@ A logger is given one dictionary of finite floats for each chunk of training. It
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
+
+from jrl.records import naming
 
 
 @runtime_checkable
@@ -41,17 +44,25 @@ class JsonlLogger:
         self._file: Any = None
 
     def write(self, env_steps: int, metrics: Mapping[str, float | None]) -> None:
-        """Append a line; raises ValueError for NaN and infinities, which JSON does not have."""
+        """Append a line.
+
+        Raises:
+            ValueError: NaN or an infinity, which JSON does not have.
+            OSError: the disk does not take it; the error names the file.
+        """
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"env_steps": env_steps, **metrics}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"env_steps": env_steps, **metrics}, allow_nan=False) + "\n"
+        with naming(self._path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # each line is flushed at once: what cannot be has been told of
+                self._file.close()
             self._file = None
 
 

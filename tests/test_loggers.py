@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_jsonl_is_strict_and_readable_before_it_is_closed(tmp_path):
     again.write(3, {})
     again.close()
     assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_full_disk_names_the_file_and_closing_adds_no_error_of_its_own():
+    logger = loggers.JsonlLogger("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        logger.write(1, {"loss": 0.5})
+    logger.close()
 
 
 def scalars(path):
