@@ -18,6 +18,9 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,10 +110,9 @@ def save(
     # orbax refuses arrays of size zero; the list of leaves is enough to make them again.
     arrays = {_file(leaf): arrays[leaf["path"]] for leaf in leaves if arrays[leaf["path"]].size}
     final = _path(folder, step)
-    with _removed_if_it_fails(unfinished):
+    with _quiet_orbax() as checkpointer, _removed_if_it_fails(unfinished):
         if arrays:
-            with _quiet_orbax() as checkpointer:
-                checkpointer.save(unfinished / _ARRAYS, arrays, save_args=dict.fromkeys(arrays, _in_pieces()))
+            checkpointer.save(unfinished / _ARRAYS, arrays, save_args=dict.fromkeys(arrays, _in_pieces()))
         _wait_for_all("written")
         if first:
             record = {
@@ -145,12 +147,24 @@ def _removed_if_it_fails(unfinished: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        for thread in threading.enumerate():  # what orbax does not end when one of them fails
+            if type(thread).__module__.startswith("orbax."):
+                thread.join(10)
         if jax.process_count() == 1:  # others may still be writing
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_for_good(unfinished)
         code = re.search(r"os_error_code='?(\d+)", str(error)) if isinstance(error, ValueError) else None
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(unfinished.parent)) from error
+
+
+def _remove_for_good(unfinished: Path) -> None:
+    """Delete a folder to which threads of orbax's storage library may go on writing for a moment."""
+    for _ in range(50):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        time.sleep(0.1)
+        if not unfinished.exists():
+            return
 
 
 def _wait_for_all(what: str) -> None:
@@ -443,16 +457,21 @@ def _in_pieces() -> Any:
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[Any]:
     """Open an orbax checkpointer, its log switched off; imported here because it is slow."""
-    log = logging.getLogger("absl")
-    level = log.level
+    logs = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+    unraisable = sys.unraisablehook
     import orbax.checkpoint as ocp
 
-    # It warns of every checkpoint that is not OCDBT, and tells of an error, from every thread, that is raised as well.
-    log.setLevel(max(level, logging.CRITICAL))
+    # It warns of every checkpoint that is not OCDBT, and tells of an error, from every thread, that is raised as well;
+    # its storage library then calls back into a loop that has ended.
+    for log, level in logs.items():
+        log.setLevel(max(level, logging.CRITICAL))
+    sys.unraisablehook = lambda found: None if "loop is closed" in str(found.exc_value) else unraisable(found)
     try:
         # One file for each piece of a leaf. In orbax's other layout (OCDBT) everything compressed is held in
         # memory until the end, as much again as the state; what several processes write it puts together.
         with ocp.PyTreeCheckpointer(use_ocdbt=jax.process_count() > 1) as checkpointer:
             yield checkpointer
     finally:
-        log.setLevel(level)
+        for log, level in logs.items():
+            log.setLevel(level)
+        sys.unraisablehook = unraisable

@@ -1,6 +1,7 @@
 """Saving and restoring states: bit-exact, atomic, and clear about what is wrong."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -101,6 +102,16 @@ def test_what_the_disk_does_not_take_is_an_oserror_and_leaves_nothing(tmp_path, 
     assert raised.value.errno == errno.EFBIG
     assert [entry.name for entry in tmp_path.iterdir()] == ["000000000001"]
     assert_same(checkpoint.restore(tmp_path, small), small)
+
+
+def test_what_fails_in_many_threads_is_one_error_and_leaves_nothing(tmp_path, small_files, capfd):
+    large = np.random.default_rng(0).normal(size=20_000)
+    with pytest.raises(OSError, match=str(tmp_path)):
+        checkpoint.save(tmp_path, {f"{i}": large + i for i in range(40)}, 1)
+    gc.collect()  # tells of errors that nobody has asked for
+    time.sleep(0.5)
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_are_kept(tmp_path):
