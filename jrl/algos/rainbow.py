@@ -58,4 +58,6 @@ def make(
     optimizer: Callable[[Any, Array], optax.GradientTransformation] = default_optimizer,
 ) -> Algorithm:
     """Return Rainbow on ``env``; see :func:`jrl.algos.dqn.make`."""
+    checks.environment(env)
+    checks.discrete(env, "rainbow")
     return dqn.make(env, checks.config(config, Config), network=network, optimizer=optimizer)

@@ -290,7 +290,7 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
         changed = params._replace(**values) if is_tuple else dataclasses.replace(params, **values)
     else:
         raise TypeError(
-            f"{name}: params is a {type(changes).__name__}: expected a {type(params).__name__}, or a mapping of its "
+            f"{name}: params is a {_qualified(changes)}: expected a {_qualified(params)}, or a mapping of its "
             f"fields {_fields(params)}."
         )
     leaves, structure = jax.tree_util.tree_flatten_with_path(changed)
@@ -304,6 +304,12 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
         for (path, leaf), (_, default) in zip(leaves, defaults, strict=True)
     ]
     return jax.tree.unflatten(structure, kept)
+
+
+def _qualified(value: Any) -> str:
+    return (
+        f"{type(value).__module__}.{type(value).__qualname__}"  # gymnax calls all of its parameters EnvParams
+    )
 
 
 def _fields(params: Any) -> tuple[str, ...]:
