@@ -130,10 +130,21 @@ def plain(axes: Any) -> None:
 
 
 def save(figure: Figure, out: str | os.PathLike | None) -> None:
-    """Write the figure, if ``out`` says where; its suffix says the format."""
-    if out is not None:
+    """Write the figure, if ``out`` says where; its suffix says the format.
+
+    Raises:
+        RunError: the system does not let it be written there.
+    """
+    if out is None:
+        return
+    try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"the figure {out} cannot be written: {error.strerror or error}. Write it elsewhere with --out (out=...), "
+            "or copy the folder to where you may write."
+        ) from error
 
 
 def read(folder: str | os.PathLike) -> Curve:

@@ -108,3 +108,11 @@ def test_a_run_without_an_episode_is_named(tmp_path):
         plots.learning_curve(tmp_path)
     single = make_run(tmp_path / "single", num_rows=2)
     assert plots.learning_curve(single).axes[0].get_lines()[0].get_marker() == "o"
+
+
+def test_where_a_figure_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RunError, match=r"the figure .*file/curve\.png cannot be written: .*elsewhere with --out"
+    ):
+        plots.save(plots.new_figure(1.0, 1.0), tmp_path / "file" / "curve.png")
