@@ -147,7 +147,7 @@ def run(
         "checkpoint_seconds": checkpoint_seconds,
         "keep": keep,
     }
-    return start_run(setup, record, folder, loggers, progress, _task(setup))
+    return start_run(setup, record, folder, loggers, progress, _task(setup), overwrite)
 
 
 def _task(setup: Setup) -> Task | None:
@@ -166,6 +166,7 @@ def start_run(
     loggers: Sequence[loggers_.Logger] = (),
     progress: str | None = None,
     task: Task | None = None,
+    overwrite: bool = False,
 ) -> RunResult:
     """Train from the beginning in a folder that :func:`jrl.records.check_new` has allowed, and write ``run.json``.
 
@@ -190,7 +191,7 @@ def start_run(
         if folder is not None:
             records.create(folder)
             stack.enter_context(records.locked(folder))
-            records.clear(folder)
+            records.clear(folder, overwrite)
             if task is not None:
                 task.prepare(folder)
             records.write_json(folder / records.RUN, record)

@@ -382,24 +382,27 @@ def create(folder: Path) -> None:
         raise RunError(_unwritable(folder, error.strerror or str(error))) from error
 
 
-def clear(folder: Path) -> None:
-    """Delete the run in a folder that is :func:`locked` (and that :func:`check_new` has allowed).
+def clear(folder: Path, overwrite: bool) -> None:
+    """Delete the run in a folder that is :func:`locked`, where ``overwrite`` allows it.
+
+    (Asked again: since :func:`check_new` another process may have had the folder, and trained in it to its end.)
 
     Everything that jrl writes there, the sweeps of groups in its sub-folders included; no other file.
 
     Raises:
-        RunError: the folder cannot be written to, or another process is training in a sub-folder.
+        RunError: as :func:`check_new`, or another process is training in a sub-folder.
     """
+    check_new(folder, overwrite)
     try:
         # sub-folders of groups are called NAME=VALUE; another sweep in here is not of these
         for inner in folder.glob(f"*=*/{SWEEP}") if (folder / GROUPS).exists() else ():
             with locked(inner.parent):
-                clear(inner.parent)
+                clear(inner.parent, True)
             if [entry.name for entry in inner.parent.iterdir()] == [LOCK]:
                 shutil.rmtree(inner.parent)
         for name in (*_figures(folder), RUN, SWEEP, GROUPS, METRICS, SUMMARY, CURVE, TABLE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, TENSORBOARD):
+        for name in (CHECKPOINTS, TENSORBOARD, WANDB):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
     except OSError as error:

@@ -469,6 +469,22 @@ def test_a_used_folder_is_refused_and_overwrite_replaces_it(tmp_path):
     assert json.loads((out / "run.json").read_text())["seed"] == 9
     assert len(records.read_metrics(out)) == 10
     assert checkpoint.steps(out / "checkpoints") == [10]
+    assert not (out / "wandb").exists()
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    build = configuration.build
+
+    def slowly(*args, **kwargs):
+        monkeypatch.setattr(configuration, "build", build)
+        run(tmp_path, eval_episodes=0)  # as another process may, while this one builds
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(configuration, "build", slowly)
+    with pytest.raises(RunError, match="already holds a run"):
+        run(tmp_path, seed=9)
+    assert records.read_run(tmp_path)["seed"] != 9
+    assert records.read_summary(tmp_path)["env_steps"] == 800
 
 
 def test_a_folder_of_other_files_is_never_touched(tmp_path):

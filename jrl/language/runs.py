@@ -128,7 +128,8 @@ def train(
     }
     setup, task = _build(record, text, tokenizer, None if start is None else start.params)
     shown = None if options.progress == "auto" else options.progress
-    return driver.start_run(setup, record, options.out, progress=shown, task=task)
+    overwrite = options.overwrite
+    return driver.start_run(setup, record, options.out, progress=shown, task=task, overwrite=overwrite)
 
 
 def resume(folder: Path, tokens: int | None = None, progress: str | None = None) -> RunResult:

@@ -202,7 +202,7 @@ def _claim(
     records.check_new(folder, overwrite)
     records.create(folder)
     stack.enter_context(records.locked(folder))
-    records.clear(folder)
+    records.clear(folder, overwrite)
     stack.callback(_free_if_empty, folder, choices)
     record = {"format": records.GROUPS_FORMAT, "groups": choices, "command": list(command)}
     records.write_json(folder / records.GROUPS, record)

@@ -201,7 +201,7 @@ def execute(
             if processes.is_first():
                 stack.enter_context(records.locked(folder))
             if processes.is_first() and not going_on:
-                records.clear(folder)
+                records.clear(folder, overwrite)
                 records.write_json(folder / records.SWEEP, record)
             processes.barrier("folder ready")
         try:
