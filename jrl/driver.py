@@ -351,12 +351,7 @@ def evaluate(
     else:
         loaded, record = load(path, step), records.read_run(path)
         own_seed = record["seed"]
-    if changed := configuration.changed_sources(record, loaded.env):
-        warnings.warn(
-            f"changed since the training in {path} was started: {changed}. Episodes are rewarded by what is there now.",
-            RunWarning,
-            stacklevel=2,
-        )
+    warn_of_other_sources(record, loaded.env, path)
     seed = own_seed if seed is None else seed
     evaluation = loop.evaluate(
         loaded.env, loaded.algo, loaded.hparams, loaded.state, seed, num_episodes, greedy
@@ -471,6 +466,16 @@ def warn_of_other_versions(record: Mapping[str, Any]) -> None:
         warnings.warn(
             f"this was started with other versions ({', '.join(changed)}): it goes on, but not bit for "
             "bit as it would have.",
+            RunWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_other_sources(record: Mapping[str, Any], env: Environment, path: Any) -> None:
+    """Warn of an environment that is made of other files than the run or sweep in ``path`` was trained with."""
+    if changed := configuration.changed_sources(record, env):
+        warnings.warn(
+            f"changed since the training in {path} was started: {changed}. Episodes are rewarded by what is there now.",
             RunWarning,
             stacklevel=3,
         )

@@ -36,7 +36,8 @@ def inspect(
         ValueError: the policy tells no value, ``num_steps`` is not in 1 … 2³¹ − 1, or ``seed`` not in 0 … 2³² − 1.
     """
     driver.check_numbers(num_steps=num_steps, seed=seed)
-    loaded = driver.load(path, step)
+    loaded, record = driver.load(path, step), records.read_run(path)
+    driver.warn_of_other_sources(record, loaded.env, path)
     policy = loaded.algo.policy(loaded.state)
     in_rewards = _unit(loaded.hparams, loaded.state)
     follow = jax.jit(
@@ -54,7 +55,7 @@ def inspect(
     files = [Path(path) / "episode.png"]
     episode_figure(jax.device_get(follow(jax.random.key(seed), policy)), out=files[0])
     if loaded.env.name == "GridWorld-jrl":
-        kwargs = records.read_run(path)["environment"]["kwargs"]
+        kwargs = record["environment"]["kwargs"]
         rows, columns = kwargs.get("rows", 4), kwargs.get("columns", 4)
         num_cells = rows * columns
         cells = jnp.arange(num_cells) if kwargs.get("raw") else jnp.eye(num_cells)

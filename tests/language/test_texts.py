@@ -299,6 +299,8 @@ def test_a_model_that_was_trained_further_is_noticed(folder, tmp_path, capsys, m
     assert "Put the old content back, or start anew with another --out" in error
     assert cli.main(["eval", str(tmp_path / "rl"), "--episodes", "2"]) == 0
     assert capsys.readouterr().err.startswith(f"warning: {start}model {tmp_path / 'lm'} (step 2, now 3). ")
+    assert cli.main(["inspect", str(tmp_path / "rl"), "--steps", "2"]) == 2  # its policy tells no value
+    assert capsys.readouterr().err.startswith(f"warning: {start}model {tmp_path / 'lm'} (step 2, now 3). ")
     shutil.rmtree(tmp_path / "lm")
     shutil.copytree(folder / "lm", tmp_path / "lm")
     (tmp_path / "prompts.txt").write_text("to\nor\n")
