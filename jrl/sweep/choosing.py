@@ -14,7 +14,7 @@ import numpy as np
 from jrl import configuration, records, tables
 from jrl.configuration import Setup
 from jrl.records import RunError
-from jrl.sweep import members
+from jrl.sweep import members, planning
 from jrl.sweep.search import PBT, Halving, check_bounds
 from jrl.sweep.spaces import Space
 
@@ -225,8 +225,8 @@ def members_of(record: Mapping[str, Any], setup: Setup) -> Members:
     )
 
 
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to continue one sweep with the settings of another."""
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], devices: Sequence[jax.Device]) -> None:
+    """Refuse to continue one sweep with the settings of another; a width may be said in another way on ``devices``."""
     old, new = ({"prng": "threefry", **record} for record in (old, new))  # left out where it is that
     for name in (
         "algorithm",
@@ -244,6 +244,8 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     ):
         was, is_now = records.plain(old.get(name)), records.plain(new[name])
         if was == is_now:
+            continue
+        if name == "width" and planning.choose_width(was, devices) == planning.choose_width(is_now, devices):
             continue
         if isinstance(was, dict) and isinstance(is_now, dict):
             name = next(key for key in sorted({*was, *is_now}) if was.get(key) != is_now.get(key))

@@ -191,7 +191,7 @@ def execute(
             going_on = processes.from_first(resume and (folder / records.SWEEP).exists())
             if going_on:
                 began = records.read_sweep(folder)
-                check_same(began, record)
+                check_same(began, record, planning.choose_devices(devices))
                 configuration.check_sources(began, setup.env, folder)
                 driver.warn_of_other_versions(began)
             elif processes.is_first():

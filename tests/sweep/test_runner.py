@@ -672,6 +672,7 @@ def test_a_sweep_is_not_continued_as_another_one(reference, tmp_path):
             run(reference.out, resume=True, eval_episodes=episodes)
     with pytest.raises(RunError, match="its width is 'auto', this command's 3"):
         run(reference.out, resume=True, width=3)
+    run(reference.out, resume=True, width=1)  # what "auto" is on a CPU
     again = run(reference.out, resume=True)
     assert bits(again) == bits(reference)
     assert again.summary["training_bytes"] == 0  # nothing was left to train
