@@ -254,10 +254,6 @@ def resume_run(
     """Continue a run whose setup ``build`` makes again from ``run.json``; otherwise as :func:`resume`."""
     check_numbers(env_steps=env_steps)
     record = records.read_run(folder)
-    if not os.access(folder, os.W_OK):
-        raise RunError(
-            f"run folder {folder} cannot be written to: no permission. Copy it to where you may write."
-        )
     with records.locked(folder):
         setup, task = build(record)
         warn_of_other_versions(record)

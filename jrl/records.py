@@ -29,7 +29,7 @@ FORMAT, SWEEP_FORMAT, GROUPS_FORMAT = "jrl-run-1", "jrl-sweep-1", "jrl-sweep-gro
 RUN, METRICS, SUMMARY = "run.json", "metrics.jsonl", "summary.json"
 SWEEP, GROUPS, TABLE = "sweep.json", "groups.json", "table.csv"
 CHECKPOINTS, CURVE, LOCK = "checkpoints", "learning_curve.png", ".lock"
-TENSORBOARD, TOKENIZER = "tensorboard", "jrl_tokenizer.json"
+TENSORBOARD, WANDB, TOKENIZER = "tensorboard", "wandb", "jrl_tokenizer.json"
 
 # What is read of each file, by the kinds of its values: a file without is named before anything is computed with it.
 _BUILT = {
@@ -191,6 +191,12 @@ def _read_record(folder: Path, name: str, form: str, what: str, rule: str) -> di
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if name == RUN and any((folder / other).exists() for other in (SWEEP, GROUPS)):
+            rule = (
+                "Its figures and table.csv are in it already; jrl eval FOLDER --member N plays one of its members, "
+                "jrl compare sets sweeps and runs side by side."
+            )
+            raise RunError(f"{folder} is not {what} but holds a sweep: it has no {name}. {rule}") from error
         raise RunError(f"{folder} is not {what}: it has no {name}. {rule}") from error
     except (ValueError, OSError) as error:
         raise RunError(f"{path} cannot be read ({error}). {rule}") from error
@@ -434,8 +440,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        RunError: another process is training in this folder.
+        RunError: another process is training in this folder, or it cannot be written to.
     """
+    if not os.access(folder, os.W_OK):
+        raise RunError(
+            f"run folder {folder} cannot be written to: no permission. Copy it to where you may write."
+        )
     try:
         import fcntl
     except ImportError:  # no such lock on Windows: two processes at once are then the user's own care

@@ -201,6 +201,16 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
     assert "Broken pipe" in fails(capsys, "train")
 
 
+def test_what_draws_a_run_says_of_a_sweep_what_it_is(tmp_path, capsys):
+    for name in ("sweep.json", "groups.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        for command in ("plot", "inspect"):
+            error = fails(capsys, command, str(tmp_path / name))
+            assert "is not a run folder but holds a sweep: it has no run.json" in error
+            assert "jrl eval FOLDER --member N plays one of its members" in error
+
+
 def make_sweep(folder, *args, **kwargs):
     folder.mkdir(parents=True)
     make_table(*args, **kwargs).to_csv(folder / tables.TABLE)
@@ -343,6 +353,7 @@ def test_loggers_are_chosen_by_flags(tmp_path, monkeypatch):
         (["train", "pp", "--env", "CartPole-v1"], "unknown algorithm 'pp'. Nearest: ppo."),
         (["train", "ppo", "--env", "CartPol-v1"], "environment id 'CartPol-v1'. Nearest: CartPole-v1"),
         (["train", "dqn", "--env", "Pendulum-v1"], "Q-learning maximises over Discrete actions"),
+        (["train", "rainbow", "--env", "Pendulum-v1"], "error: rainbow on Pendulum-v1 with actions"),
         ([*TRAIN, "--num-minibatches", "7"], "num_minibatches=7 does not divide"),
         (["train", "dqn", *ENV, "--capacity", "9"], "capacity=9 is smaller than batch_size"),
         ([*TRAIN, "--env-steps", "0"], "env_steps=0: must be at least 1"),

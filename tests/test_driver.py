@@ -459,6 +459,7 @@ def test_waiting_handles_signals_in_small_naps():
 def test_a_used_folder_is_refused_and_overwrite_replaces_it(tmp_path):
     out = tmp_path / "run"
     run(out, eval_episodes=0)
+    (out / "wandb" / "run-1").mkdir(parents=True)
     before = (out / "run.json").read_text()
     with pytest.raises(
         RunError, match=rf"run folder {out} already holds a run\. .* `jrl resume {out}`, .*--over"
