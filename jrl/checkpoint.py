@@ -2,7 +2,7 @@
 
 A folder of checkpoints holds one sub-folder for each saved step::
 
-    checkpoints/000000000512/metadata.json   what was saved: every leaf, the size and CRC-32 of every file
+    checkpoints/000000000512/metadata.json   what was saved: every leaf, size and CRC-32 of every file, its own CRC-32
     checkpoints/000000000512/arrays/         the leaves, written by orbax as one flat dictionary
 
 A checkpoint is written under a hidden name, flushed to the disk and then renamed. So a folder with a step's
@@ -122,7 +122,7 @@ def save(
                 "leaves": leaves,
                 "files": _checksums(unfinished),
             }
-            write_json(unfinished / _METADATA, record)
+            write_json(unfinished / _METADATA, record | {"crc": _crc(record)})
             for file in _files(unfinished):
                 _flush(file)
     if first:
@@ -374,6 +374,8 @@ def _record(folder: str | os.PathLike, step: int | None) -> tuple[Path, dict[str
         raise _corrupt(path, f"{_METADATA} cannot be read") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise _foreign(path, f"its {_METADATA} does not say {FORMAT!r}")
+    if record.pop("crc", None) not in (None, _crc(record)):  # older ones have none
+        raise _corrupt(path, f"{_METADATA} is not as it was written")
     return path, record
 
 
@@ -424,6 +426,11 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
                 size, crc = size + len(block), zlib.crc32(block, crc)
         sums[file.relative_to(folder).as_posix()] = [size, crc]
     return sums
+
+
+def _crc(record: dict[str, Any]) -> int:
+    """Return the CRC-32 of a record, the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jrl import checkpoint, ops
-from jrl.records import CheckpointError
+from jrl.records import CheckpointError, CorruptCheckpointError
 
 
 def make_state(seed=0, width=3):
@@ -112,6 +112,30 @@ def test_what_fails_in_many_threads_is_one_error_and_leaves_nothing(tmp_path, sm
     time.sleep(0.5)
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_record_is_corrupt(tmp_path):
+    state = {"x": jnp.zeros(2)}
+    path = (
+        checkpoint.save(tmp_path, state, 1, metadata={"env_steps": 4032, "of": (1, 0.1, "α")})
+        / "metadata.json"
+    )
+    written = path.read_text()
+    for old, new in (
+        ("4032", "4033"),
+        ("env_steps", "env_stepr"),
+        ('"files"', '"filez"'),
+        ('"shape"', '"shapf"'),
+    ):
+        path.write_text(written.replace(old, new))
+        for read in (lambda: checkpoint.restore(tmp_path, state), lambda: checkpoint.metadata(tmp_path)):
+            with pytest.raises(CorruptCheckpointError, match=r"metadata\.json is not as it was written"):
+                read()
+    record = json.loads(written)
+    del record["crc"]  # checkpoints of before have none
+    path.write_text(json.dumps(record))
+    assert checkpoint.metadata(tmp_path)["env_steps"] == 4032
+    assert_same(checkpoint.restore(tmp_path, state), state)
 
 
 def test_the_newest_are_kept(tmp_path):
