@@ -671,6 +671,13 @@ def test_a_run_longer_than_its_annealing_is_told():
     driver._warn_of_zero_step_size(constant, 5000)
 
 
+def test_a_folder_that_may_only_be_read_is_not_begun_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    what = f"run folder {tmp_path} cannot be written to: no permission. Copy it"
+    with pytest.raises(RunError, match=what), records.locked(tmp_path):
+        pass
+
+
 def test_a_full_disk_says_what_is_intact_and_how_to_go_on(tmp_path, monkeypatch):
     out = tmp_path / "a run"
 
