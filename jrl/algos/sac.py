@@ -96,7 +96,7 @@ class HParams:
     tau: float = 0.005
     """Share of the critics that the target critics take over at each update."""
     temperature: float = 1.0
-    """α, the worth of one nat of entropy; where it is learned, at the start."""
+    """α, the worth of one nat of entropy; where it is learned, at the start, and above 0."""
     target_entropy: float = -1.0
     """Entropy aimed at with a Box: nats for each dimension, were the Box scaled to [-1, 1]."""
     target_entropy_ratio: float = 0.5
@@ -191,10 +191,12 @@ def make(
         at_random = off_policy.random_policy(env)
         start, memory = off_policy.warm_up(warmup_key, envs, env_params, at_random, start, config)
         action = None if box is None else jnp.zeros((config.num_envs, *box.shape), jnp.float32)
+        # A fixed temperature is that of hparams: its logarithm is not read, and of 0 would be no number to go on with.
+        initial = hparams.temperature if config.learn_temperature else 1.0
         params = {
             "actor": actor.init(actor_key, start.obs, ()),
             "critic": critic.init(critic_key, start.obs if box is None else (start.obs, action), ()),
-            "log_temperature": jnp.log(jnp.asarray(hparams.temperature, jnp.float32)),
+            "log_temperature": jnp.log(jnp.asarray(initial, jnp.float32)),
         }
         return State(
             params=params,

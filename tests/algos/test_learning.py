@@ -226,8 +226,10 @@ def test_no_entropy_bonus_at_all_is_finite():
         probes.CONSTANT.env, sac.Config(learn_temperature=False, hidden_sizes=(4,), warmup_env_steps=64)
     )
     state = jax.jit(algo.init)(jax.random.key(0), sac.HParams(temperature=0.0))
-    _, metrics = jax.jit(algo.step)(state, sac.HParams(temperature=0.0))
+    state, metrics = jax.jit(algo.step)(state, sac.HParams(temperature=0.0))
     assert all(np.isfinite(value) for value in metrics.values())
+    # Or a run and a sweep would stop, as they do at any parameter that is not.
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     np.testing.assert_allclose(metrics["loss"], metrics["critic_loss"] + metrics["actor_loss"], rtol=1e-5)
 
 
