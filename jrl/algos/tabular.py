@@ -41,9 +41,9 @@ class Config:
     """none, or eligibility traces: replacing or accumulating. With q_learning this is Watkins' Q(λ), which cuts
     the trace where an action was not greedy; with sarsa it is SARSA(λ)."""
     exploration: str = "epsilon_greedy"
-    """epsilon_greedy, boltzmann, ucb, or count_bonus: ε-greedy with bonus_coef / √n(s, a) added to the reward
-    (Strehl and Littman 2008, https://doi.org/10.1016/j.jcss.2007.08.009); begin with an optimistic initial_value, or
-    what was never tried looks worse than what has earned a bonus."""
+    """epsilon_greedy, boltzmann, ucb, or count_bonus: ε-greedy with bonus_coef / √n(s, a) added to the reward,
+    that of plans too (Strehl and Littman 2008, https://doi.org/10.1016/j.jcss.2007.08.009); begin with an optimistic
+    initial_value, or what was never tried looks worse than what has earned a bonus."""
     step_size: str = "constant"
     """constant, or visits: learning_rate / n(s, a)^step_size_exponent, n counting this visit; that is 1/n for
     learning_rate 1 and exponent 1."""
@@ -211,8 +211,13 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 return q[1 - coin, s, jnp.argmax(best(q[coin, s], s))]
         return best(q[s], s).max()
 
+    def with_bonus(reward: Array, visits: PyTree, s: Array, a: Array, hparams: HParams) -> Array:
+        if config.exploration != "count_bonus":
+            return reward
+        return reward + hparams.bonus_coef * jax.lax.rsqrt(visits[s, a])
+
     def plan(
-        q: Array, uniform: Array, model: planning.Model, hparams: HParams, alpha: Array
+        q: Array, visits: PyTree, uniform: Array, model: planning.Model, hparams: HParams, alpha: Array
     ) -> tuple[Array, Array]:
         """Q-learning on pairs drawn from the model; also returns the largest change."""
         pairs = planning.sample(model, uniform)
@@ -220,7 +225,9 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         def update(q: Array, pair: Array) -> tuple[Array, Array]:
             s, a = pair // num_actions, pair % num_actions
             next_s = model.next_state[s, a]
-            target = model.reward[s, a] + hparams.gamma * model.discount[s, a] * best(q[next_s], next_s).max()
+            # The bonus of the counts as they are: without one plans would take back what the visits have earned.
+            reward = with_bonus(model.reward[s, a], visits, s, a, hparams)
+            target = reward + hparams.gamma * model.discount[s, a] * best(q[next_s], next_s).max()
             change = alpha * (target - q[s, a])
             return q.at[s, a].add(change), jnp.abs(change)
 
@@ -256,9 +263,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 next_action = drawn[0]
                 carry = dataclasses.replace(carry, action=jnp.where(ended[0], drawn[1], drawn[0]))
             coin = (uniform[1] < 0.5).astype(jnp.int32) if double else jnp.int32(0)
-            reward = out.reward[0]
-            if config.exploration == "count_bonus":
-                reward = reward + hparams.bonus_coef * jax.lax.rsqrt(visits[s, action])
+            reward = with_bonus(out.reward[0], visits, s, action, hparams)
             discount = hparams.gamma * (1.0 - out.terminated[0])
             following = targets(q, visits, successor, next_action, coin, epsilon, hparams)
             current = q[coin, s, action] if double else q[s, action]
@@ -285,7 +290,8 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 q = q.at[entry].add(alpha * td_error)
             if config.planning_updates:
                 model = planning.remember(carry.model, s, action, out.reward[0], out.terminated[0], successor)
-                q, planned = plan(q, uniform[1:], model, hparams, hparams.learning_rate * learning)
+                alpha = hparams.learning_rate * learning
+                q, planned = plan(q, visits, uniform[1:], model, hparams, alpha)
                 carry, change = dataclasses.replace(carry, model=model), jnp.maximum(change, planned)
 
             episode_return, length = run.episode_return + out.reward, run.episode_length + 1

@@ -307,6 +307,15 @@ def test_a_count_bonus_shrinks_with_the_root_of_the_count():
     np.testing.assert_allclose(state.params[:, :-1], bonus[:, :-1], rtol=1e-4)
 
 
+def test_plans_keep_the_count_bonus():
+    """γ = 0 and α = 1: an entry is reward + β / √n, whether it was visited last or planned."""
+    config = tabular.Config(exploration="count_bonus", planning_updates=3)
+    state, _ = learn(GRID, config, 5, gamma=0.0, learning_rate=1.0, epsilon_start=1.0, bonus_coef=0.3)
+    seen = state.visits > 0
+    expected = state.model.reward[seen] + 0.3 / np.sqrt(state.visits[seen])
+    np.testing.assert_allclose(state.params[seen], expected, rtol=1e-5)
+
+
 def test_an_action_that_is_masked_is_never_taken():
     mask = np.ones((16, 4), bool)
     mask[:, 0] = mask[:, 3] = False  # right and down only
