@@ -92,7 +92,8 @@ def lambda_returns(
     end = terminated | truncated
     one_step = reward + _bootstrap(next_value, terminated, gamma) * jnp.where(end, 1.0, 1.0 - lambda_)
     # Of the last row only where it did not terminate: 0 times what may be infinite would be NaN, in every row.
-    last = jnp.where(terminated[-1], 0.0, next_value[-1])
+    # A sum of that one row, as there may be none.
+    last = jnp.where(terminated[-1:], 0.0, next_value[-1:]).sum(0)
     return _accumulate(one_step, jnp.where(end, 0.0, gamma * lambda_), last)
 
 
@@ -121,7 +122,7 @@ def discounted_returns(
         AssertionError: shapes differ, a flag is not bool, or another array is not floating.
     """
     _check(reward, terminated, truncated, next_value=next_value)
-    read = (terminated | truncated).at[-1].set(True)
+    read = (terminated | truncated).at[-1:].set(True)
     next_value = jnp.where(read, next_value, 0.0)
     return lambda_returns(reward, next_value, terminated, truncated, gamma=gamma, lambda_=1.0)
 

@@ -384,6 +384,24 @@ def test_monte_carlo_reads_estimates_where_experience_stops_and_nowhere_else():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_window_of_no_steps_has_no_targets(batch):
+    data = {name: array[:0] for name, array in window(16, batch).items()}
+    r, v, nv, rho, q = arguments(data, "reward", "value", "next_value", "log_rho", "next_q")
+    flags = arguments(data, *FLAGS)
+    results = (
+        *ops.gae(r, v, nv, *flags, gamma=GAMMA, gae_lambda=0.9),
+        ops.lambda_returns(r, nv, *flags, gamma=GAMMA, lambda_=0.9),
+        ops.discounted_returns(r, nv, *flags, gamma=GAMMA),
+        ops.n_step_returns(r, nv, *flags, gamma=GAMMA, n=3),
+        *ops.vtrace(r, v, nv, *flags, rho, gamma=GAMMA),
+        ops.retrace(r, v, nv, *flags, rho, gamma=GAMMA),
+        ops.q_lambda(r, q, *flags, gamma=GAMMA, lambda_=0.9),
+        ops.watkins_q_lambda(r, q, flags[0], *flags, gamma=GAMMA, lambda_=0.9),
+    )
+    assert {result.shape for result in results} == {(0, *batch)}
+
+
 def test_half_precision_stays_and_a_float32_gamma_is_accepted():
     data = window(14, (3,))
     r, v, nv = (x.astype(jnp.bfloat16) for x in arguments(data, "reward", "value", "next_value"))
