@@ -45,8 +45,8 @@ class Config:
     that of plans too (Strehl and Littman 2008, https://doi.org/10.1016/j.jcss.2007.08.009); begin with an optimistic
     initial_value, or what was never tried looks worse than what has earned a bonus."""
     step_size: str = "constant"
-    """constant, or visits: learning_rate / n(s, a)^step_size_exponent, n counting this visit; that is 1/n for
-    learning_rate 1 and exponent 1."""
+    """constant, or visits: learning_rate / n(s, a)^step_size_exponent, n counting this visit (with double_q those that
+    changed the same table); that is 1/n for learning_rate 1 and exponent 1."""
     planning_updates: int = 0
     """Updates from a learned model after each environment step (Dyna-Q); for a deterministic environment."""
     unroll_length: int = 64
@@ -112,8 +112,8 @@ class HParams:
 class State:
     """Everything that evolves; this is the checkpoint. What the Config does not need is ``()``.
 
-    ``params`` is the table Q, float32 ``[S, A]`` (``[2, S, A]`` with double_q); ``visits`` float32 ``[S, A]``;
-    ``trace`` float32 ``[S, A]``; ``action`` int32 ``[]``, what sarsa does next.
+    ``params`` is the table Q, ``visits`` how often each entry was visited, float32 ``[S, A]`` (``[2, S, A]`` with
+    double_q); ``trace`` float32 ``[S, A]``; ``action`` int32 ``[]``, what sarsa does next.
     """
 
     params: Array
@@ -164,7 +164,8 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
             case "boltzmann":
                 return ops.boltzmann_policy(row, hparams.temperature, allowed)
             case "ucb":
-                return ops.ucb_policy(row, visits[s], hparams.ucb_coef, allowed)
+                tried = visits[:, s].sum(0) if double else visits[s]
+                return ops.ucb_policy(row, tried, hparams.ucb_coef, allowed)
         return ops.epsilon_greedy_policy(row, epsilon, allowed)
 
     def best(row: Array, s: Array) -> Array:
@@ -178,7 +179,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
         table = (num_states, num_actions)
         noise = jax.random.normal(table_key, (2, *table) if double else table)
         q = jnp.asarray(hparams.initial_value + hparams.initial_scale * noise, jnp.float32)
-        visits = jnp.zeros(table, jnp.float32) if counts else ()
+        visits = jnp.zeros_like(q) if counts else ()
         action: PyTree = ()
         if config.target == "sarsa":
             epsilon = jnp.float32(hparams.epsilon_start)
@@ -214,7 +215,7 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
     def with_bonus(reward: Array, visits: PyTree, s: Array, a: Array, hparams: HParams) -> Array:
         if config.exploration != "count_bonus":
             return reward
-        return reward + hparams.bonus_coef * jax.lax.rsqrt(visits[s, a])
+        return reward + hparams.bonus_coef * jax.lax.rsqrt(visits[:, s, a].sum(0) if double else visits[s, a])
 
     def plan(
         q: Array, visits: PyTree, uniform: Array, model: planning.Model, hparams: HParams, alpha: Array
@@ -252,8 +253,10 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
             env_state, out = envs.step(step_key, run.env_state, action[None], env_params)
             ended = out.terminated | out.truncated
             successor, arrived = checks.state_index(out.next_obs)[0], checks.state_index(out.obs)[0]
+            coin = (uniform[1] < 0.5).astype(jnp.int32) if double else jnp.int32(0)
+            entry = (coin, s, action) if double else (s, action)
             if counts:
-                visits = visits.at[s, action].add(1.0)
+                visits = visits.at[entry].add(1.0)
 
             next_action = action
             if config.target == "sarsa":
@@ -262,15 +265,13 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 drawn = ops.inverse_cdf(behaviour(q, visits, both, epsilon, hparams), uniform[:2])
                 next_action = drawn[0]
                 carry = dataclasses.replace(carry, action=jnp.where(ended[0], drawn[1], drawn[0]))
-            coin = (uniform[1] < 0.5).astype(jnp.int32) if double else jnp.int32(0)
             reward = with_bonus(out.reward[0], visits, s, action, hparams)
             discount = hparams.gamma * (1.0 - out.terminated[0])
             following = targets(q, visits, successor, next_action, coin, epsilon, hparams)
-            current = q[coin, s, action] if double else q[s, action]
-            td_error = reward + discount * following - current
+            td_error = reward + discount * following - q[entry]
             alpha = hparams.learning_rate * learning
             if config.step_size == "visits":
-                alpha = alpha * visits[s, action] ** -hparams.step_size_exponent
+                alpha = alpha * visits[entry] ** -hparams.step_size_exponent
 
             change = jnp.abs(alpha * td_error)
             if traced:
@@ -286,7 +287,6 @@ def make(env: Environment, config: Config | None = None, *, action_mask: Any = N
                 change = change * trace.max()
                 carry = dataclasses.replace(carry, trace=jnp.where(ended[0], 0.0, trace))
             else:
-                entry = (coin, s, action) if double else (s, action)
                 q = q.at[entry].add(alpha * td_error)
             if config.planning_updates:
                 model = planning.remember(carry.model, s, action, out.reward[0], out.terminated[0], successor)

@@ -265,10 +265,11 @@ def test_a_greedy_expected_sarsa_is_q_learning():
     np.testing.assert_allclose(expected.params, q.params, rtol=1e-5)
 
 
-def test_one_over_n_is_the_mean_of_the_targets():
-    """γ = 0: each entry is then the mean of its rewards."""
+@pytest.mark.parametrize("target", ["q_learning", "double_q"])
+def test_one_over_n_is_the_mean_of_the_targets(target):
+    """γ = 0: each entry is then the mean of its rewards, of each of two tables too (van Hasselt 2010, section 4)."""
     env = jrl.make("RiverSwim-jrl", raw=True)
-    config = tabular.Config(step_size="visits")
+    config = tabular.Config(step_size="visits", target=target)
     state, _ = learn(env, config, 40, gamma=0.0, learning_rate=1.0, epsilon_start=1.0, initial_value=7.0)
     reward = np.asarray(to_mdp(env, 0.9).mdp.R)
     seen = state.visits > 0
@@ -276,7 +277,7 @@ def test_one_over_n_is_the_mean_of_the_targets():
     exact = np.broadcast_to(reward, seen.shape)
     certain = seen & ((exact == 0) | (exact == np.float32(0.005)))
     np.testing.assert_allclose(state.params[certain], exact[certain], atol=1e-6)
-    assert state.visits.sum((1, 2)).tolist() == [40 * 64] * LEARNERS
+    assert state.visits.reshape(LEARNERS, -1).sum(1).tolist() == [40 * 64] * LEARNERS
 
 
 def test_optimism_tries_everything():
