@@ -288,11 +288,13 @@ def make(
         return head.target(reward, discount, next_output, next_q, online_q)
 
     def loss(
-        params: Params, sample: replay.Sample, target: Array, head: q_functions.QHead, drawn: Any
+        params: Params, sample: replay.Sample, target: Array, support: PyTree, drawn: Any, hparams: HParams
     ) -> tuple[Array, tuple[Array, Array]]:
         output = q_function.evaluate(params, sample.obs, drawn)
+        head = q_function.head(support, hparams.huber_delta)
         per_sample, error = head.loss(output, sample.action, target)
-        return (sample.weight * per_sample).mean(), (error, head.mean(output))
+        q = q_function.mean(output, sample.obs, support)
+        return (sample.weight * per_sample).mean(), (error, q)
 
     def update(
         state: State, key: Key, hparams: HParams, env_steps: Array, learning_rate: Array
@@ -314,9 +316,9 @@ def make(
             sample = replay.uniform.sample(
                 key, state.replay, config.batch_size, config.num_envs, config.n_step
             )
-        head = q_function.head(state.support, hparams.huber_delta)
+        target = targets(state, sample, hparams, drawn[1:])
         (loss_value, (td_error, q)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, sample, targets(state, sample, hparams, drawn[1:]), head, drawn[0]
+            state.params, sample, target, state.support, drawn[0], hparams
         )
         # One whose successor is lost is not learned from; its error is that of another episode, and no priority.
         td_error = jnp.where(sample.weight > 0.0, td_error, 0.0)

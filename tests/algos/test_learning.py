@@ -221,6 +221,23 @@ def test_the_temperature_asks_for_no_more_entropy_than_masks_leave():
     np.testing.assert_allclose(metrics["entropy"], 0.6 * np.log(2.0) / 4.0, atol=0.02)
 
 
+@pytest.mark.parametrize("module", [dqn, pqn])
+def test_the_values_reported_are_those_of_actions_that_are_allowed(module):
+    """Action 0 is worth 1000, but never allowed."""
+    env = action_mask(probes.CONSTANT.env, lambda obs, params: jnp.array([False, True]))
+    network = (
+        lambda key, obs: jnp.array([1000.0, 1.0]),
+        lambda q, obs: jnp.broadcast_to(q, (*obs.shape[:-1], 2)),
+    )
+    sizes = {"num_envs": 2, "unroll_length": 4, "num_minibatches": 1}
+    if module is dqn:
+        sizes = {"num_envs": 2, "batch_size": 4, "capacity": 16, "warmup_env_steps": 8}
+    algo = module.make(env, module.Config(**sizes), network=network)
+    hparams = module.HParams(learning_rate=0.0)
+    _, metrics = jax.jit(algo.step)(algo.init(jax.random.key(0), hparams), hparams)
+    np.testing.assert_allclose(metrics["q"], 1.0)
+
+
 def test_no_entropy_bonus_at_all_is_finite():
     algo = sac.make(
         probes.CONSTANT.env, sac.Config(learn_temperature=False, hidden_sizes=(4,), warmup_env_steps=64)
