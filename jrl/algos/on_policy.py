@@ -52,8 +52,27 @@ def actor(env: Environment, num_envs: int, network: Any, config: Any, **choices:
         network = networks.actor_critic(env, config, features_first=True, **choices)
     network = networks.as_network(network)
     networks.check_policy_output(network, env.observation, env.action)
+    if isinstance(env.action, Box):
+        network = _spread(network)
     network = networks.mask_aware(network, lambda output, mask: (ops.masked(output[0], mask), *output[1:]))
     return Actor(envs, network, distribution)
+
+
+def _spread(network: Network) -> Network:
+    """Return a network whose ``log_std`` has the shape of its mean, where it may be one ``[D]`` for all states.
+
+    Else no batch of it could be reshaped, cut or scanned over.
+    """
+
+    def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+        def spreading(*arguments: PyTree) -> tuple[PyTree, Memory]:
+            ((mean, log_std), value), memory = function(*arguments)
+            return ((mean, jnp.broadcast_to(log_std, mean.shape)), value), memory
+
+        return spreading
+
+    sequence = None if network.sequence is None else spread(network.sequence)
+    return network._replace(apply=spread(network.apply), sequence=sequence)
 
 
 def policies(actor: Actor, learns_value: bool = True) -> Callable[..., Policy]:

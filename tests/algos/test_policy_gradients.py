@@ -140,3 +140,28 @@ def test_ppo_sees_in_the_loss_what_it_saw_while_acting(memory):
         assert metrics["num_episodes"] > 0
         assert metrics["clip_fraction"] == 0.0
         np.testing.assert_allclose(metrics["approx_kl"], 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_log_std_that_all_states_share_is_as_one_for_each(remembers):
+    """Of the policy that acted a KL penalty keeps both parameters, and cuts them into minibatches."""
+
+    def network(shared):
+        def init(key, obs, memory):
+            return {"weights": jax.random.normal(key, (3,)), "log_std": jnp.zeros(1)}
+
+        def apply(params, obs, memory):
+            mean = (obs @ params["weights"])[..., None]
+            log_std = params["log_std"] if shared else jnp.broadcast_to(params["log_std"], mean.shape)
+            return ((mean, log_std), mean[..., 0]), memory
+
+        return Network(init, apply, lambda batch: jnp.zeros((*batch, 1)) if remembers else ())
+
+    config = ppo.Config(num_envs=4, unroll_length=4, num_minibatches=2, objective="kl")
+
+    def learned(shared):
+        algo, hparams = ppo.make(jrl.make("Pendulum-v1"), config, network=network(shared)), ppo.HParams()
+        state, metrics = jax.jit(lambda key: algo.step(algo.init(key, hparams), hparams))(jax.random.key(0))
+        return state.params, metrics
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), learned(True), learned(False))
