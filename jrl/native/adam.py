@@ -78,7 +78,8 @@ def update(
     shapes = [first.shape, second.shape, *(grad.shape for grad in grads)]
     rates = {"b1": np.float64(b1), "b2": np.float64(b2), "eps": np.float64(eps)}
     args = first, second, *(jnp.float32(number) for number in numbers), *grads
-    first, second, *updates = build.call(UPDATE, shapes, *args, aliases={0: 0, 1: 1}, attributes=rates)
+    places = {0: 0, 1: 1} | {len(args) - len(grads) + i: 2 + i for i in range(len(grads))}
+    first, second, *updates = build.call(UPDATE, shapes, *args, aliases=places, attributes=rates)
     return updates, first, second
 
 

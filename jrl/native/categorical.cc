@@ -35,12 +35,6 @@ JRL_INLINE Vec Exp(Vec x) {
   return series * (Vec)power;
 }
 
-JRL_INLINE float Largest(Vec x) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = std::max(x[i], x[i + half]);
-  return x[0];
-}
-
 // A row of atoms in whole vectors, of which the last one may be part.
 struct Row {
   explicit Row(int64_t size) : atoms(size), last((size - 1) / kLanes * kLanes), mask(MaskOf(size - last)) {}

@@ -467,8 +467,9 @@ void PackTransposed(const float* w, int64_t size, int64_t columns, float* panels
     const int64_t width = std::min<int64_t>(kPanel, padded - c), real = std::min<int64_t>(width, columns - c);
     int64_t f = 0;
 #if defined(__SSE__)
-    for (; f + 4 <= size && real == width; f += 4, panels += 4 * width)
-      for (int64_t i = 0; i < width; i += 4) {
+    for (; f + 4 <= size; f += 4, panels += 4 * width) {
+      int64_t i = 0;
+      for (; i + 4 <= real; i += 4) {
         const float* from = w + (c + i) * size + f;
         __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + size);
         __m128 r2 = _mm_loadu_ps(from + 2 * size), r3 = _mm_loadu_ps(from + 3 * size);
@@ -476,6 +477,9 @@ void PackTransposed(const float* w, int64_t size, int64_t columns, float* panels
         _mm_storeu_ps(panels + i, r0), _mm_storeu_ps(panels + width + i, r1);
         _mm_storeu_ps(panels + 2 * width + i, r2), _mm_storeu_ps(panels + 3 * width + i, r3);
       }
+      for (; i < width; ++i)
+        for (int64_t j = 0; j < 4; ++j) panels[j * width + i] = i < real ? w[(c + i) * size + f + j] : 0.0f;
+    }
 #endif
     for (; f < size; ++f, panels += width) {
       for (int64_t i = 0; i < real; ++i) panels[i] = w[(c + i) * size + f];

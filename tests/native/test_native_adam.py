@@ -59,10 +59,22 @@ def test_what_it_was_given_is_not_overwritten():
     grads, first, second = [jnp.ones(9)], jnp.ones(9), jnp.ones(9)
     numbers = adam.Numbers(*(jnp.float32(1) for _ in adam.Numbers._fields))
     _, first_after, second_after = adam.update(grads, first, second, numbers, eps=1e-5)
-    np.testing.assert_array_equal(first, np.ones(9))
-    np.testing.assert_array_equal(second, np.ones(9))
+    for given in (*grads, first, second):
+        np.testing.assert_array_equal(given, np.ones(9))
     np.testing.assert_allclose(first_after, np.ones(9), rtol=1e-6)
     np.testing.assert_allclose(second_after, np.ones(9), rtol=1e-6)
+
+
+def test_gradients_of_any_size_are_those_of_xla():
+    """From none over one whose square is 0 to one whose square is infinite: square roots are made of estimates."""
+    sizes = np.concatenate([[0.0, 1e-30, 3e19], np.logspace(-18, 18, 60)]).astype(np.float32)
+    numbers = adam.Numbers(*(jnp.float32(x) for x in (1, np.inf, 1e-3, 0.1, 0.001)))
+    first, second = np.zeros_like(sizes), np.zeros_like(sizes)
+    found = adam.update([jnp.asarray(sizes)], jnp.asarray(first), jnp.asarray(second), numbers, eps=1e-5)
+    expected = jax.jit(adam.reference_update)(first, second, *numbers, sizes)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (found[1], found[2], found[0][0]), expected
+    )
 
 
 def test_a_gradient_that_is_no_number_is_seen():
