@@ -61,9 +61,8 @@ class JsonlLogger:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # each line is flushed at once: what cannot be has been told of
+            # Each line is flushed at once: what cannot be has been told of.
+            with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
 
