@@ -137,7 +137,7 @@ JRL_INLINE float Largest(Vec x) {
   return Joined(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// With AVX-512 from an estimate, to rounding: the processor's own root waits longer than the steps after it.
+// To rounding; with AVX-512 from an estimate, as the processor's own takes longer.
 JRL_INLINE Vec Sqrt(Vec x) {
 #if defined(__AVX512F__)
   const Vec estimate = _mm512_rsqrt14_ps(x);
