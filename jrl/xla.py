@@ -34,7 +34,7 @@ def configure(
     """Put settings under which nothing hangs into ``environ``; what the user has set stays.
 
     Call it before anything imports jax: the ``jrl`` command does. One more setting keeps XLA from an emitter that is
-    slow for matrices whose rows are no multiple of its tiles of 16; the numbers are the same.
+    slow for matrices whose rows are no multiple of its tiles of 16; it computes the same.
 
     Args:
         environ: the environment to change.
