@@ -113,10 +113,12 @@ def test_algorithms_draw_by_it_what_they_would_without(algorithm, config, monkey
     env = jrl.make("Pendulum-v1" if algorithm is td3 else "CartPole-v1")
     algo = algorithm.make(env, algorithm.Config(**config, kernels="native"))
 
-    def run():
+    def run(by_kernel):
         start = jax.jit(algo.init)(KEY, algorithm.HParams())
-        return jax.jit(lambda state: algo.step(state, algorithm.HParams()))(start)
+        step = jax.jit(lambda state: algo.step(state, algorithm.HParams())).lower(start)
+        assert (threefry.BITS in step.as_text() or threefry.SPLIT in step.as_text()) == by_kernel
+        return step.compile()(start)
 
-    drawn = run()
+    drawn = run(by_kernel=True)
     monkeypatch.setattr(threefry, "draws", lambda key: False)
-    assert_equal(drawn, run())
+    assert_equal(drawn, run(by_kernel=False))
