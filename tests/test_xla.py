@@ -139,6 +139,21 @@ def test_quick_compile_adds_its_flags_once_and_leaves_those_of_the_user(machine)
     ]
 
 
+def objects(folder, code):
+    """Run ``code`` in a process of its own; return the names of what XLA's CPU compiler made."""
+    environ = {
+        **fake.environ(),
+        "XLA_FLAGS": f"--xla_dump_to={folder}",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    return [name for name in os.listdir(folder) if name.endswith(".o")]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_compiler_does_as_quick_compile_says(tmp_path, quick):
     """So that another jaxlib cannot leave the flags without effect: only the older emitters make elemental kernels."""
@@ -149,17 +164,7 @@ xla.configure(quick_compile={quick})
 import jax, jax.numpy as jnp
 assert jax.jit(lambda x: jnp.sin(x) * 2 + x.sum())(jnp.ones(1000)).shape == (1000,)
 """
-    environ = {
-        **fake.environ(),
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ
-    )
-    assert done.returncode == 0, done.stderr
-    compiled = [name for name in os.listdir(tmp_path) if name.endswith("_kernel_module.o")]
+    compiled = [name for name in objects(tmp_path, code) if name.endswith("_kernel_module.o")]
     assert compiled
     assert any("elemental_kernel_module" in name for name in compiled) == quick
 
@@ -174,15 +179,5 @@ if {configured}:
 import jax, jax.numpy as jnp
 assert jax.jit(jnp.add)(jnp.ones((30, 20)), jnp.ones((30, 20))).shape == (30, 20)
 """
-    environ = {
-        **fake.environ(),
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ
-    )
-    assert done.returncode == 0, done.stderr
-    (added,) = (name for name in os.listdir(tmp_path) if "jit_add" in name and name.endswith(".o"))
+    (added,) = (name for name in objects(tmp_path, code) if "jit_add" in name)
     assert ("__compute_module" in added) != configured
