@@ -307,9 +307,8 @@ def replace_params(params: Any, changes: Any, name: str) -> Any:
 
 
 def _qualified(value: Any) -> str:
-    return (
-        f"{type(value).__module__}.{type(value).__qualname__}"  # gymnax calls all of its parameters EnvParams
-    )
+    # With its module, as gymnax calls all of its parameters EnvParams.
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _fields(params: Any) -> tuple[str, ...]:

@@ -55,6 +55,11 @@ def check(texts: Texts, caller: str, which: str = "text {row}") -> None:
     """Raise ValueError unless there are texts, each in one piece with something behind its prompt.
 
     JAX clamps an index past the end: rows that do not belong together would be learned in silence.
+
+    Args:
+        texts: ``tokens [M, L]``, −1 behind the end, and ``prompt_length [M]``.
+        caller: for the message.
+        which: what the message calls a text, with ``{row}`` for its number.
     """
     tokens, prompt_length = np.asarray(texts.tokens), np.asarray(texts.prompt_length)
     if tokens.ndim != 2 or not len(tokens) or prompt_length.shape != tokens.shape[:1]:

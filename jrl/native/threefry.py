@@ -3,6 +3,8 @@
 XLA draws on a CPU by a loop of many small steps, which takes longer than its numbers, and some time to compile, in
 each place that draws. The keys of this implementation are Threefry's (:data:`jax.random.key`'s default), and all that
 is drawn from them or split off is what Threefry would give.
+
+Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3", https://doi.org/10.1145/2063384.2063405.
 """
 
 from __future__ import annotations
@@ -31,6 +33,17 @@ def split_keys(key: Key, *shapes: tuple[int, ...], kernels: str) -> list[Key]:
     """Return what :func:`jrl.ops.split_keys` does; with ``"native"`` kernels all but the first draw by them.
 
     The first is what a state keeps for its next step: a key like ``key``, whatever computes.
+
+    Args:
+        key: consumed; one for which :func:`draws` is False is split by JAX.
+        *shapes: of the parts, ``()`` for a single key.
+        kernels: ``"xla"`` or ``"native"``.
+
+    Returns:
+        Typed keys with the words that JAX would split off, an array of each shape, in order.
+
+    Raises:
+        RuntimeError: as :func:`jrl.native.build.load`, where the keys are lowered.
     """
     if kernels != "native" or not draws(key):
         return keys.split_keys(key, *shapes)
